@@ -1,0 +1,126 @@
+"""Merge a full-size pi0 LoRA checkpoint beside ``cp -r`` of the result, and print wall time and peak memory.
+
+The checkpoint has the real model's tree, shapes and stored dtypes (3.3 B parameters), random weights of realistic size, and a
+trainer's chunking: a leaf is one zarr chunk, or two where it exceeds 2 GiB.
+
+    python benchmarks/full_size.py [--runs 3] [--dtype auto] [--keep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lora_merge_cli.dtypes import dtype_named
+from lora_merge_cli.formats.interface import LeafData
+from lora_merge_cli.formats.orbax_sink import OrbaxSink
+from lora_merge_cli.records import Array, Region, TensorSpec, full_region, grid, region_shape
+
+HERE = Path(__file__).parent
+LAYOUT = HERE / "layouts" / "pi0_lora.json"
+DATA = HERE / "data"
+POOL = 2**24
+TWO_CHUNKS = 2**31
+COMMAND = [sys.executable, "-m", "lora_merge_cli"]
+
+
+def make_checkpoint(directory: Path, *, layer_chunks: bool) -> None:
+    """Write the checkpoint unless it is there already."""
+    if directory.exists():
+        return
+    pool = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32)
+    layout = json.loads(LAYOUT.read_text())
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    def leaves() -> Iterator[LeafData]:
+        for seed, (name, leaf) in enumerate(layout.items()):
+            path = ("params", *name.split("/"), "value")
+            spec = TensorSpec(path, tuple(leaf["shape"]), dtype_named(leaf["dtype"]))
+            chunk = list(spec.shape)
+            if layer_chunks and len(chunk) > 2:
+                chunk[0] = 1
+            elif spec.nbytes > TWO_CHUNKS:
+                chunk[-1] //= 2
+            yield LeafData(spec, tuple(chunk), blocks(spec, chunk, seed))
+
+    def blocks(spec: TensorSpec, chunk: list[int], seed: int) -> Iterator[tuple[Region, Array]]:
+        rng = np.random.default_rng(seed)
+        std = np.float32(0.005 if "lora" in spec.name else 0.02)
+        for region in grid(full_region(spec.shape), chunk):
+            shape = region_shape(region)
+            flat = np.empty(int(np.prod(shape)), spec.dtype)
+            for start in range(0, flat.size, POOL // 2):
+                part = flat[start : start + POOL // 2]
+                offset = int(rng.integers(POOL - part.size + 1))
+                part[:] = pool[offset : offset + part.size] * std
+            yield region, flat.reshape(shape)
+
+    OrbaxSink(partial, "params", 2).write(leaves(), ())
+    stats = partial / "assets" / "trossen" / "norm_stats.json"
+    stats.parent.mkdir(parents=True)
+    entry = {"mean": [0.0], "std": [1.0], "q01": [-1.0], "q99": [1.0]}
+    stats.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
+    partial.rename(directory)
+
+
+def timed(command: list[str]) -> tuple[float, float, float, float]:
+    """Wall, user and system seconds, and peak resident GiB, of a command with its data on disk at the end."""
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    wall = time.perf_counter() - started
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {os.waitstatus_to_exitcode(status)}")
+    return wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--layer-chunks", action="store_true", help="an input with a layer per chunk")
+    parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint")
+    options = parser.parse_args()
+    source = DATA / ("pi0_lora_layers" if options.layer_chunks else "pi0_lora") / "29999"
+    make_checkpoint(source, layer_chunks=options.layer_chunks)
+    merged, copy = DATA / "merged", DATA / "copy"
+    rows: dict[str, list[tuple[float, float, float, float]]] = {"inspect": [], "merge": [], "cp -r": []}
+    for _ in range(options.runs):
+        for target in (merged, copy):
+            shutil.rmtree(target, ignore_errors=True)
+        rows["inspect"].append(timed([*COMMAND, "inspect", str(source)]))
+        merge = [*COMMAND, "merge", str(source), "-o", str(merged), "--dtype", options.dtype, "-q"]
+        rows["merge"].append(timed(merge))
+        rows["cp -r"].append(timed(["cp", "-r", "--reflink=never", str(merged), str(copy)]))
+    size = sum(file.stat().st_size for file in merged.rglob("*") if file.is_file())
+    print(f"{platform.machine()}, {os.cpu_count()} cores; output {size / 2**30:.2f} GiB; {options.runs} runs")
+    print(f"{'':10}{'wall median':>12}{'wall min':>10}{'user':>8}{'sys':>8}{'peak GiB':>10}")
+    for name, runs in rows.items():
+        wall, user, system, peak = zip(*runs, strict=True)
+        middle = [statistics.median(values) for values in (wall, user, system)]
+        print(f"{name:10}{middle[0]:11.1f}s{min(wall):9.1f}s{middle[1]:7.1f}s{middle[2]:7.1f}s{max(peak):10.2f}")
+    ratio = statistics.median(run[0] for run in rows["merge"]) / statistics.median(run[0] for run in rows["cp -r"])
+    print(f"merge takes {ratio:.1f} times the copy (medians)")
+    shutil.rmtree(copy)
+    if not options.keep:
+        shutil.rmtree(merged)
+
+
+if __name__ == "__main__":
+    main()

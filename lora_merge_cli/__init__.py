@@ -1,0 +1,46 @@
+"""lora-merge: fuse LoRA adapters into the kernels of robot policies and language models, and say what became of them.
+
+The public API. Names load on first use, so that ``lora-merge --help`` imports neither NumPy nor JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lora_merge_cli.dialects.interface import ScaleOptions as ScaleOptions
+    from lora_merge_cli.errors import LoraMergeError as LoraMergeError
+    from lora_merge_cli.formats import open_checkpoint as open_checkpoint
+    from lora_merge_cli.inspection import InspectRequest as InspectRequest
+    from lora_merge_cli.inspection import Inspection as Inspection
+    from lora_merge_cli.inspection import inspect as inspect
+    from lora_merge_cli.merging import MergeRequest as MergeRequest
+    from lora_merge_cli.merging import merge as merge
+    from lora_merge_cli.merging import prepare as prepare
+    from lora_merge_cli.plan import MergeOptions as MergeOptions
+    from lora_merge_cli.report import MergeReport as MergeReport
+
+_HOMES = {
+    "InspectRequest": "inspection",
+    "Inspection": "inspection",
+    "LoraMergeError": "errors",
+    "MergeOptions": "plan",
+    "MergeReport": "report",
+    "MergeRequest": "merging",
+    "ScaleOptions": "dialects.interface",
+    "inspect": "inspection",
+    "merge": "merging",
+    "open_checkpoint": "formats",
+    "prepare": "merging",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

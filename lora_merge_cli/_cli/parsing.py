@@ -1,0 +1,80 @@
+"""Flags to the library's options."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from lora_merge_cli.dialects import DIALECTS, ScaleOptions
+from lora_merge_cli.errors import UsageError
+
+EVERY_GROUP = "all"
+
+_GROUPS = tuple(dict.fromkeys(group for dialect in DIALECTS for group in dialect.groups))
+
+
+def parse_scales(alpha: str | None, rslora: str | None) -> ScaleOptions:
+    """The values of ``--lora-alpha`` (``12`` or ``paligemma=12,action_expert=2``) and ``--rslora`` (``all`` or group names).
+
+    Raises:
+        UsageError: A value has another form, or names no group.
+    """
+    return ScaleOptions(
+        {} if alpha is None else _alphas(alpha),
+        frozenset() if rslora is None else frozenset(_rslora_groups(rslora)),
+    )
+
+
+def attach_rslora(arguments: Sequence[str]) -> list[str]:
+    """Give a bare ``--rslora`` its value, so that it works with and without one.
+
+    What follows it is its value only if it names groups: ``--rslora CKPT`` leaves CKPT alone.
+    """
+    names = "|".join((*_GROUPS, EVERY_GROUP))
+    value = re.compile(rf"(?:{names})(?:,(?:{names}))*")
+    attached: list[str] = []
+    waiting = False
+    for argument in arguments:
+        if waiting and value.fullmatch(argument):
+            attached[-1] = f"--rslora={argument}"
+            waiting = False
+            continue
+        waiting = argument == "--rslora"
+        attached.append(f"--rslora={EVERY_GROUP}" if waiting else argument)
+    return attached
+
+
+def _alphas(text: str) -> dict[str, float]:
+    alphas: dict[str, float] = {}
+    for part in text.split(","):
+        group, separator, number = part.rpartition("=")
+        group = group.strip()
+        if separator and group not in _GROUPS:
+            raise UsageError(
+                "--lora-alpha names no expert", expected=" or ".join(_GROUPS), found=group or part
+            )
+        if group in alphas:
+            raise UsageError("--lora-alpha names an expert twice", found=text)
+        try:
+            value = float(number)
+        except ValueError as error:
+            raise UsageError(
+                "--lora-alpha is no number",
+                expected="12, or paligemma=12,action_expert=2",
+                found=text,
+            ) from error
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError("--lora-alpha must be above zero", found=text)
+        alphas[group] = value
+    return alphas
+
+
+def _rslora_groups(text: str) -> list[str]:
+    groups = ["" if name == EVERY_GROUP else name.strip() for name in text.split(",")]
+    for group in groups:
+        if group and group not in _GROUPS:
+            raise UsageError(
+                "--rslora names no expert", expected=f"{', '.join(_GROUPS)} or nothing", found=text
+            )
+    return groups

@@ -1,0 +1,99 @@
+"""What a dialect must know: how one trainer spells adapters, and what its checkpoints mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from lora_merge_cli.errors import UnknownScale
+from lora_merge_cli.records import AdapterSite, Index, KeyPath, ModelSummary, Survey
+
+Group = Literal["adapter", "lora", "frozen", "trained"]
+"""What a fine-tune did to a leaf: an adapter's factor, a kernel under one, left as it was, or trained in full."""
+
+
+@dataclass(frozen=True)
+class ScaleOptions:
+    """What the user says about scales."""
+
+    alpha: Mapping[str, float] = field(default_factory=dict)
+    """LoRA alpha by site group; the key ``""`` holds the one for all others."""
+    rslora: frozenset[str] = frozenset()
+    """The site groups that use rank-stabilised scaling (arXiv:2312.03732); ``""`` means all."""
+
+    def alpha_for(self, group: str) -> float | None:
+        """The alpha stated for a group, or None."""
+        return self.alpha.get(group, self.alpha.get(""))
+
+    def rslora_for(self, group: str) -> bool:
+        """Whether a group uses rank-stabilised scaling."""
+        return group in self.rslora or "" in self.rslora
+
+
+class Dialect(Protocol):
+    """One trainer's conventions. Registered in `dialects.DIALECTS`."""
+
+    @property
+    def name(self) -> str:
+        """The name that reports and errors use."""
+        ...
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The site groups that can have an alpha of their own."""
+        ...
+
+    @property
+    def serving_dtype(self) -> np.dtype[Any]:
+        """What its servers cast a checkpoint to."""
+        ...
+
+    def matches(self, index: Index) -> bool:
+        """Whether the checkpoint has keys that only this trainer writes."""
+        ...
+
+    def survey(self, index: Index, options: ScaleOptions, where: str) -> Survey:
+        """Find the sites and claim every adapter key exactly once.
+
+        Args:
+            index: The checkpoint.
+            options: What the user says about scales.
+            where: The checkpoint's path, for errors.
+        """
+        ...
+
+    def unknown_scale(self, sites: Sequence[AdapterSite], where: str) -> UnknownScale:
+        """The refusal for sites whose scale nothing states: it names the flag that does."""
+        ...
+
+    def summary(self, index: Index) -> ModelSummary:
+        """Which model the checkpoint is of."""
+        ...
+
+    def grouping(self, index: Index, sites: tuple[AdapterSite, ...]) -> Mapping[KeyPath, Group]:
+        """What the fine-tune did to each leaf."""
+        ...
+
+    def part(self, path: KeyPath) -> str:
+        """The part of the model that a leaf belongs to, for tables."""
+        ...
+
+    def canonical(self, path: KeyPath) -> KeyPath:
+        """The path without what differs between a trained checkpoint and its base."""
+        ...
+
+    def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:
+        """What ``--dtype auto`` stores a fused kernel in."""
+        ...
+
+
+_ADAPTER_WORD = re.compile(r"(?<![A-Za-z])(?:rs)?(?i:lora|dora)(?![a-z])")
+
+
+def looks_like_adapter(path: KeyPath) -> bool:
+    """Whether some part of the path is spelled like an adapter's: ``lora_a``, ``kernel_lora_b``, ``loraA``, ``dora_scale``."""
+    return any(isinstance(part, str) and _ADAPTER_WORD.search(part) for part in path)

@@ -1,0 +1,146 @@
+"""One class per way to fail.
+
+Every failure that a user can cause is one of these. The message is one line: what happened, where (``path :: key``), what was
+expected and found, and what to do. `exit_code` is the process's exit status for it (docs/errors.md lists them).
+"""
+
+from __future__ import annotations
+
+
+class LoraMergeError(Exception):
+    """Base of every expected failure.
+
+    Args:
+        what: What happened, as a clause without a full stop.
+        where: The file, or ``file :: key``, that it happened at.
+        expected: What a good input would have held.
+        found: What this one holds.
+        hint: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(self._line())
+
+    def _line(self) -> str:
+        line = self.what if self.where is None else f"{self.what}: {self.where}"
+        details = [
+            f"{word} {value}"
+            for word, value in (("expected", self.expected), ("found", self.found))
+            if value is not None
+        ]
+        if details:
+            line += f" ({', '.join(details)})"
+        if self.hint:
+            line += f"; {self.hint}"
+        return " ".join(line.split())
+
+
+class UsageError(LoraMergeError):
+    """A flag's value, or a combination of flags, makes no sense. Subclassed by nobody."""
+
+    exit_code = 2
+
+
+class InputError(LoraMergeError):
+    """An input is missing, unreadable, corrupt or of unknown format. Subclassed per cause."""
+
+    exit_code = 3
+
+
+class InputNotFound(InputError):
+    """The path that was given does not exist."""
+
+
+class UnknownFormat(InputError):
+    """The path exists, and no reader knows what it is."""
+
+
+class CorruptCheckpoint(InputError):
+    """A checkpoint that cannot be read in full: a file or a chunk is missing, truncated or damaged."""
+
+
+class NonFiniteInput(InputError):
+    """NaN or Inf in a factor, or in a kernel under one."""
+
+
+class Refused(LoraMergeError):
+    """The inputs are readable and the merge would be wrong or pointless. Subclassed per cause."""
+
+    exit_code = 4
+
+
+class UnmatchedAdapter(Refused):
+    """A key that looks like an adapter's and that no site claims, or a factor without its partner or kernel."""
+
+
+class ShapeMismatch(Refused):
+    """Factors whose shapes do not fit the kernel under the site's equation."""
+
+
+class UnknownScale(Refused):
+    """A site's scale needs an alpha that nothing states."""
+
+
+class WrongBase(Refused):
+    """A frozen leaf of the fine-tune does not equal the given base."""
+
+
+class NothingToMerge(Refused):
+    """No adapters at all, or every delta is zero."""
+
+
+class AlreadyMerged(NothingToMerge):
+    """No adapters are left, and the provenance file says why."""
+
+
+class UnsafeOutput(Refused):
+    """The output is an input, or lies inside one, or replacing it would remove more than a checkpoint."""
+
+
+class Unrepresentable(Refused):
+    """A finite result is not finite in the dtype that it would be stored in."""
+
+
+class UnsupportedCheckpoint(Refused):
+    """A checkpoint, or a part of one, that is understood and not supported."""
+
+
+class OutputExists(LoraMergeError):
+    """Something is at the output path, and nobody said that it may go."""
+
+    exit_code = 5
+
+
+class ResourceError(LoraMergeError):
+    """The machine said no: disk, memory or permission. Subclassed per cause."""
+
+    exit_code = 6
+
+
+class DiskFull(ResourceError):
+    """Not enough free disk, found before the start or while writing."""
+
+
+class NotPermitted(ResourceError):
+    """The operating system denied access to a file or folder."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an `Exception`: nothing but clean-up may act on it."""
+
+    exit_code = 143

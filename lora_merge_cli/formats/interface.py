@@ -1,0 +1,143 @@
+"""What a checkpoint format must do: open for reading, and write beside the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from lora_merge_cli.records import Array, Constant, Index, KeyPath, Region, TensorSpec
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A leaf's bytes as the format keeps them, to be copied without decoding."""
+
+    encoding: str
+    """The format's name for this way of keeping bytes; a sink takes only those that it names itself."""
+    values: Iterable[tuple[str, bytes]]
+    """Each stored value with its name inside the leaf."""
+
+
+Blocks: TypeAlias = Iterator[tuple[Region, Array]]
+"""A leaf's data, region by region; every region is a whole number of the leaf's write blocks."""
+
+
+@dataclass(frozen=True)
+class LeafData:
+    """One leaf on its way into a sink."""
+
+    spec: TensorSpec
+    """What the leaf is to be."""
+    block: tuple[int, ...]
+    """The extents of a write block; a region is one of these, cut off at the leaf's end."""
+    data: Stored | Blocks
+    """Its bytes, or its values."""
+
+
+class Source(Protocol):
+    """A checkpoint's arrays, opened read-only."""
+
+    @property
+    def path(self) -> Path:
+        """The directory or file that errors name."""
+        ...
+
+    def index(self) -> Index:
+        """Every leaf's path, shape and dtype, from metadata alone.
+
+        Raises:
+            CorruptCheckpoint: The metadata cannot be read.
+        """
+        ...
+
+    def chunk(self, path: KeyPath) -> tuple[int, ...]:
+        """The extents of the leaf's own chunks: slices made of whole ones are cheap, others decode too much."""
+        ...
+
+    def read(self, path: KeyPath, region: Region) -> Array:
+        """The values in `region`, in the stored dtype, on the host.
+
+        Raises:
+            CorruptCheckpoint: A stored value is missing, truncated or damaged.
+        """
+        ...
+
+    def stored(self, path: KeyPath) -> Stored | None:
+        """The leaf's bytes as they are kept, or None where only decoding shows that they are whole."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of the metadata and of the names and sizes of all files: not of every byte."""
+        ...
+
+
+class Sink(Protocol):
+    """Writes one checkpoint into an empty directory that nobody else looks at yet."""
+
+    @property
+    def encodings(self) -> frozenset[str]:
+        """The `Stored.encoding` values that it takes as they are."""
+        ...
+
+    def write(self, leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
+        """Pull every leaf, write it, and finish the checkpoint.
+
+        Returns:
+            The number of bytes handed to storage.
+
+        Raises:
+            DiskFull: The disk filled up.
+            NotPermitted: The directory cannot be written.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its arrays, and what stands around them."""
+
+    format: str
+    """The format's name."""
+    given: Path
+    """The path as the user gave it."""
+    source: Source
+    """The arrays."""
+    directory: Path
+    """The directory that belongs to this checkpoint alone: a step, or the item itself."""
+    item: str | None
+    """The name of the arrays' folder inside `directory`; None when they are `directory` itself."""
+    step: int | None = None
+    """The training step, where the directory's name states it."""
+    steps: tuple[int, ...] = ()
+    """All steps of the run, when a run directory was given."""
+    assets: Path | None = None
+    """Files that serving needs beside the arrays."""
+    provenance: Path | None = None
+    """The provenance file of an earlier merge."""
+    left_out: tuple[str, ...] = ()
+    """Names beside the arrays that a merge does not carry over."""
+    notes: tuple[str, ...] = ()
+    """What was chosen where the path left a choice."""
+
+
+class Format(Protocol):
+    """A way of keeping a checkpoint on disk. Registered in `formats.FORMATS`."""
+
+    @property
+    def name(self) -> str:
+        """The name that reports and errors use."""
+        ...
+
+    def open(self, path: Path, step: int | None) -> Checkpoint | None:
+        """Open `path`, or return None if it is not of this format.
+
+        Raises:
+            InputError: It is of this format and cannot be read.
+        """
+        ...
+
+    def sink(self, directory: Path, like: Checkpoint, item: str | None) -> Sink:
+        """A sink that writes into `directory` what `like` is, as the item of that name."""
+        ...

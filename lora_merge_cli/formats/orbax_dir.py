@@ -1,0 +1,179 @@
+"""Orbax directories: which one holds the arrays, whatever level of it the user named.
+
+A run holds steps, a step holds items (``params``, ``train_state``, ...) beside ``assets``, an item holds the arrays. A checkpoint
+that was saved without a manager is an item by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UnknownFormat, UsageError
+from lora_merge_cli.formats.interface import Checkpoint, Sink
+from lora_merge_cli.formats.orbax_metadata import STEP_FILE, TREE_FILE
+from lora_merge_cli.formats.orbax_sink import OrbaxSink
+from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
+
+PROVENANCE = "lora_merge.json"
+
+_PREFERRED_ITEM = "params"
+_ASSETS = "assets"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_STEP_NAME = re.compile(r"(?:(?:step|ckpt|checkpoint)[_-]?)?(\d+)")
+_BOOKKEEPING = frozenset({STEP_FILE, _ASSETS, PROVENANCE, "commit_success.txt"})
+
+
+class OrbaxFormat:
+    """Orbax PyTree checkpoints: OCDBT or one zarr directory per array, zarr 2 or 3."""
+
+    name = "orbax"
+
+    def open(self, path: Path, step: int | None) -> Checkpoint | None:
+        """See `Format.open`."""
+        if not path.is_dir():
+            return None
+        path = path.resolve()
+        if _UNFINISHED in path.name:
+            raise CorruptCheckpoint("a checkpoint whose writing was never finished", where=path)
+        if _is_item(path):
+            return _open_item(path, given=path, step=step)
+        if _items(path) or (path / STEP_FILE).exists():
+            return _open_step(path, given=path, step=step)
+        if _steps(path):
+            return _open_run(path, step)
+        if (path / "checkpoint").is_file():
+            raise UnknownFormat(
+                "a checkpoint of flax's or Orbax's old msgpack kind",
+                where=path / "checkpoint",
+                hint="restore it with the library that wrote it and save it again with Orbax",
+            )
+        return None
+
+    def sink(self, directory: Path, like: Checkpoint, item: str | None) -> Sink:
+        """See `Format.sink`."""
+        version = like.source.zarr_version if isinstance(like.source, OrbaxSource) else 2
+        return OrbaxSink(directory, item, version)
+
+
+def _is_item(path: Path) -> bool:
+    return (path / TREE_FILE).exists() or (path / MANIFEST).exists()
+
+
+def _items(path: Path) -> list[str]:
+    return sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() and _UNFINISHED not in entry.name and _is_item(entry)
+    )
+
+
+def _step_number(path: Path) -> int | None:
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _steps(run: Path) -> dict[int, Path]:
+    found = {}
+    for entry in run.iterdir():
+        number = _step_number(entry)
+        if number is not None and entry.is_dir() and _UNFINISHED not in entry.name and _items(entry):
+            found[number] = entry
+    return found
+
+
+def _open_run(path: Path, step: int | None) -> Checkpoint:
+    steps = _steps(path)
+    if step is not None and step not in steps:
+        raise InputNotFound(
+            f"the run has no step {step}", where=path, found=", ".join(map(str, sorted(steps)))
+        )
+    chosen = max(steps) if step is None else step
+    how = "as asked" if step is not None else "the newest"
+    notes = [f"step {chosen} of {len(steps)} ({how}): {steps[chosen]}"]
+    unusable = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() and (_step_number(entry) or -1) > chosen and entry not in steps.values()
+    )
+    if unusable and step is None:
+        notes.append(f"passed over, since they hold no finished arrays: {', '.join(unusable)}")
+    return _open_step(
+        steps[chosen], given=path, step=None, steps=tuple(sorted(steps)), notes=tuple(notes)
+    )
+
+
+def _open_step(
+    path: Path,
+    *,
+    given: Path,
+    step: int | None,
+    steps: tuple[int, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    items = _items(path)
+    if not items:
+        raise CorruptCheckpoint(
+            "a step without arrays", where=path, expected="an item folder such as params"
+        )
+    if _PREFERRED_ITEM in items:
+        item = _PREFERRED_ITEM
+    elif len(items) == 1:
+        item = items[0]
+    else:
+        raise UsageError(
+            "several items could be meant",
+            where=path,
+            found=", ".join(items),
+            hint=f"name one, for example {path / items[0]}",
+        )
+    return _open_item(path / item, given=given, step=step, item=item, steps=steps, notes=notes)
+
+
+def _open_item(
+    path: Path,
+    *,
+    given: Path,
+    step: int | None,
+    item: str | None = None,
+    steps: tuple[int, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    if item is None and _belongs_to_step(path):
+        item = path.name
+        notes += (f"{item}/ of {path.parent}",)
+    directory = path if item is None else path.parent
+    number = None if item is None else _step_number(directory)
+    if step is not None and step != number:
+        raise UsageError(f"--step {step} needs a run directory", where=given)
+    left_out: tuple[str, ...] = ()
+    if item is not None:
+        left_out = tuple(
+            sorted(e.name for e in directory.iterdir() if e.name not in _BOOKKEEPING | {item})
+        )
+    assets, provenance = directory / _ASSETS, directory / PROVENANCE
+    return Checkpoint(
+        format=OrbaxFormat.name,
+        given=given,
+        source=OrbaxSource(path),
+        directory=directory,
+        item=item,
+        step=number,
+        steps=steps,
+        assets=assets if item is not None and assets.is_dir() else None,
+        provenance=provenance if provenance.is_file() else None,
+        left_out=left_out,
+        notes=notes,
+    )
+
+
+def _belongs_to_step(item: Path) -> bool:
+    """Whether the folder around an item is its step's, and not just any folder."""
+    if item.name == _PREFERRED_ITEM:
+        return True
+    try:
+        handlers = json.loads((item.parent / STEP_FILE).read_text())["item_handlers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(handlers, dict) and item.name in handlers

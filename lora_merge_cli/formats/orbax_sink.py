@@ -1,0 +1,140 @@
+"""Writing one Orbax item: arrays through TensorStore into an OCDBT database, metadata as Orbax writes it.
+
+TensorStore and three small JSON files, not Orbax's own save: that takes whole arrays, its streaming interface is not stable, and
+importing it costs more than a small merge. What Orbax itself reads of the result is proven in ``tests/compat``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from lora_merge_cli.errors import DiskFull, LoraMergeError, NotPermitted, ResourceError
+from lora_merge_cli.formats.interface import LeafData, Stored
+from lora_merge_cli.formats.orbax_metadata import Entry, write_step, write_tree
+from lora_merge_cli.records import Array, Constant, Region, TensorSpec
+
+_BYTES_IN_FLIGHT = 384 * 2**20
+_CODECS: dict[int, dict[str, Any]] = {
+    2: {"compressor": {"id": "zstd", "level": 1}},
+    3: {
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd", "configuration": {"level": 1}},
+        ]
+    },
+}
+# Orbax's own values: metadata inline, nodes large enough for one per checkpoint.
+_OCDBT = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
+
+
+class OrbaxSink:
+    """Writes one item. See `Sink` for what each method promises."""
+
+    def __init__(self, directory: Path, item: str | None, zarr_version: int) -> None:
+        self._directory = directory
+        self._item = item
+        self._path = directory if item is None else directory / item
+        self._zarr_version = zarr_version
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._started_ns = time.time_ns()
+
+    @property
+    def encodings(self) -> frozenset[str]:
+        """See `Sink.encodings`."""
+        return frozenset({f"orbax-zarr{self._zarr_version}"})
+
+    def write(self, leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
+        """See `Sink.write`."""
+        with _storing(self._path):
+            self._path.mkdir(parents=True, exist_ok=True)
+        specs: list[TensorSpec] = []
+        pending: deque[tuple[int, ts.Future[Any]]] = deque()
+        total = in_flight = 0
+        try:
+            for leaf in leaves:
+                specs.append(leaf.spec)
+                for size, start in self._writes(leaf):
+                    with _storing(self._path):
+                        while pending and in_flight + size > _BYTES_IN_FLIGHT:
+                            done, future = pending.popleft()
+                            future.result()
+                            in_flight -= done
+                        future = start()
+                        future.force()
+                        pending.append((size, future))
+                    in_flight += size
+                    total += size
+            with _storing(self._path):
+                while pending:
+                    pending.popleft()[1].result()
+        finally:
+            # A write that still runs would bring back the directory that a failed run is about to remove.
+            for _, future in pending:
+                with contextlib.suppress(Exception):
+                    future.result()
+        with _storing(self._path):
+            write_tree(self._path, specs, constants, self._zarr_version)
+            write_step(self._directory, self._item, self._started_ns)
+        return total
+
+    def _writes(self, leaf: LeafData) -> Iterator[tuple[int, Callable[[], ts.Future[Any]]]]:
+        """The size of each value to be stored, and the call that starts storing it."""
+        prefix = f"{Entry(leaf.spec.path, '', skipped=False).storage_name}/"
+        if isinstance(leaf.data, Stored):
+            with _storing(self._path):
+                store = ts.KvStore.open(self._kvstore(prefix), context=self._context).result()
+            for name, value in leaf.data.values:
+                yield len(value), functools.partial(store.write, name, value)
+            return
+        with _storing(self._path):
+            array = ts.open(
+                {
+                    "driver": "zarr3" if self._zarr_version == 3 else "zarr",
+                    "kvstore": self._kvstore(prefix),
+                    "metadata": _CODECS[self._zarr_version],
+                    "store_data_equal_to_fill_value": True,
+                },
+                create=True,
+                open=True,
+                dtype=ts.dtype(leaf.spec.dtype),
+                shape=leaf.spec.shape,
+                chunk_layout=ts.ChunkLayout(chunk_shape=leaf.block),
+                context=self._context,
+            ).result()
+        for region, values in leaf.data:
+            yield values.nbytes, functools.partial(_write_region, array, region, values)
+
+    def _kvstore(self, prefix: str) -> dict[str, Any]:
+        files = {"driver": "file", "path": f"{self._path}/"}
+        return {"driver": "ocdbt", "base": files, "config": _OCDBT, "path": prefix}
+
+
+def _write_region(array: ts.TensorStore, region: Region, values: Array) -> ts.Future[Any]:
+    return array[region].write(values).commit
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise _storage_error(path, error) from error
+
+
+def _storage_error(path: Path, error: Exception) -> LoraMergeError:
+    """The refusal that an error of the file system, or of TensorStore on top of it, stands for."""
+    text = str(error)
+    lowered = text.lower()
+    if "no space left" in lowered or "quota exceeded" in lowered or "file too large" in lowered:
+        return DiskFull("the disk is full", where=path, hint="free some space, or write elsewhere")
+    if isinstance(error, PermissionError) or "permission" in lowered or "read-only" in lowered:
+        return NotPermitted("cannot be written", where=path, found=text.split(" [")[0][:200])
+    return ResourceError("writing failed", where=path, found=text.split(" [")[0][:200])

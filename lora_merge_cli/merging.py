@@ -1,0 +1,253 @@
+"""Merge, from paths to an output directory: open, plan, stage, execute, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge_cli import __version__
+from lora_merge_cli.dialects import detect_dialect
+from lora_merge_cli.errors import UsageError
+from lora_merge_cli.formats import format_named, open_checkpoint
+from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.plan import MergeOptions, MergePlan, plan_merge
+from lora_merge_cli.report import (
+    MergeReport,
+    SourceRecord,
+    copied_records,
+    directory_size,
+    dropped_records,
+    site_record,
+)
+from lora_merge_cli.staging import check_space, check_target, staged
+from lora_merge_cli.survival import Moments
+
+if TYPE_CHECKING:
+    from lora_merge_cli.execute import Execution, Listener
+
+PROVENANCE = "lora_merge.json"
+
+_PARAMS = "params"
+_GAIN_WORTH_A_WARNING = 0.98
+_PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What to merge, and where to."""
+
+    checkpoint: Path
+    """A run, step or item directory with adapters inside."""
+    output: Path | None = None
+    """The directory to create; only a dry run does without."""
+    base: Path | None = None
+    """The float32 checkpoint that the fine-tune started from."""
+    step: int | None = None
+    """Which step of a run; the newest if None."""
+    overwrite: bool = False
+    """Whether an existing output may be replaced."""
+    device: str | None = None
+    """The JAX device, for example ``cpu`` or ``cuda:1``; JAX's default if None."""
+    options: MergeOptions = field(default_factory=MergeOptions)
+    """What to do with what."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose inputs are open and whose plan is made."""
+
+    request: MergeRequest
+    checkpoint: Checkpoint
+    base: Checkpoint | None
+    plan: MergePlan
+
+    def report(self) -> MergeReport:
+        """What would be done."""
+        plan, checkpoint = self.plan, self.checkpoint
+        sources = [_source_record("checkpoint", checkpoint)]
+        if self.base is not None:
+            sources.append(_source_record("base", self.base))
+        output = self.request.output
+        notes = [*plan.notes, *plan.model.advice]
+        if checkpoint.left_out:
+            notes.append(f"left out: {', '.join(checkpoint.left_out)}")
+        return MergeReport(
+            command="merge",
+            tool_version=__version__,
+            status="planned",
+            model=plan.model.name,
+            dialect=plan.dialect,
+            sources=tuple(sources),
+            output=None if output is None else str(output.absolute()),
+            multiplier=plan.multiplier,
+            serving_dtype=plan.serving_dtype.name,
+            sites=tuple(site_record(site, plan) for site in plan.sites),
+            copied=copied_records(plan),
+            dropped=dropped_records(plan, checkpoint.left_out),
+            warnings=_asset_warnings(checkpoint, plan),
+            notes=tuple(notes),
+            output_bytes=plan.output_bytes,
+            peak_bytes_planned=plan.peak_bytes,
+            parents=_parents(checkpoint),
+        )
+
+
+def prepare(request: MergeRequest) -> Prepared:
+    """Open the inputs and plan the merge; reads no arrays and writes nothing.
+
+    Raises:
+        InputError: An input is missing, unreadable or of unknown format.
+        Refused: The merge would be wrong or pointless.
+        OutputExists: The output exists and may not be replaced.
+    """
+    checkpoint = open_checkpoint(request.checkpoint, request.step)
+    base = None if request.base is None else open_checkpoint(request.base)
+    if request.output is not None:
+        inputs = [opened.directory for opened in (checkpoint, base) if opened is not None]
+        check_target(request.output, [*inputs, request.checkpoint], overwrite=request.overwrite)
+    dialect = detect_dialect(checkpoint.source.index())
+    plan = plan_merge(checkpoint, dialect, request.options, base)
+    return Prepared(request, checkpoint, base, plan)
+
+
+def merge(
+    request: MergeRequest | Prepared,
+    listener: Listener | None = None,
+    beside: Callable[[MergeReport, Path], None] | None = None,
+) -> MergeReport:
+    """Merge the adapters of a checkpoint into its kernels and write a dense checkpoint.
+
+    The output appears complete or not at all, and no input is ever changed.
+
+    Args:
+        request: What to merge; prepared or not.
+        listener: Who to tell of progress.
+        beside: Called with the finished report and the staged directory before it is published; if it raises, nothing is.
+
+    Raises:
+        LoraMergeError: One subclass per way to fail; see `lora_merge_cli.errors`.
+    """
+    started = time.monotonic()
+    prepared = request if isinstance(request, Prepared) else prepare(request)
+    output = prepared.request.output
+    if output is None:
+        raise UsageError("an output directory is needed", hint="pass -o OUT")
+    checkpoint, base, plan = prepared.checkpoint, prepared.base, prepared.plan
+    check_space(output, plan.output_bytes)
+
+    from lora_merge_cli.devices import find_device
+    from lora_merge_cli.execute import Execution
+
+    device = find_device(prepared.request.device)
+    item = checkpoint.item or (_PARAMS if plan.model.name != "unknown" else None)
+    with staged(output, overwrite=prepared.request.overwrite) as stage:
+        sink = format_named(checkpoint.format).sink(stage, checkpoint, item)
+        execution = Execution(
+            plan,
+            checkpoint.source,
+            None if base is None else base.source,
+            device,
+            sink.encodings,
+            listener,
+        )
+        execution.check_factors()
+        sink.write(execution.leaves(), plan.constants)
+        if checkpoint.assets is not None:
+            shutil.copytree(checkpoint.assets, stage / checkpoint.assets.name)
+        report = dataclasses.replace(
+            prepared.report(),
+            status="merged",
+            sites=tuple(site_record(s, plan, execution.moments[s.name]) for s in plan.sites),
+            warnings=(
+                *_asset_warnings(checkpoint, plan),
+                *_execution_warnings(execution, plan),
+            ),
+            adapter_digest=execution.adapter_digest,
+            bytes_on_disk=directory_size(stage),
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=_peak_rss(),
+            device=f"{device.device_kind} ({device.platform}:{device.id})",
+            versions=_versions(),
+        )
+        (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        if beside is not None:
+            beside(report, stage)
+    return report
+
+
+def _source_record(role: str, checkpoint: Checkpoint) -> SourceRecord:
+    return SourceRecord(
+        role=role,
+        path=str(checkpoint.source.path),
+        format=checkpoint.format,
+        step=checkpoint.step,
+        fingerprint=checkpoint.source.fingerprint(),
+    )
+
+
+def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
+    """The provenance of what is merged into: a chain, so that merging a merged checkpoint forgets nothing."""
+    if checkpoint.provenance is None:
+        return ()
+    try:
+        document = json.loads(checkpoint.provenance.read_text())
+        older = tuple(document.pop("parents", ()))
+    except (OSError, ValueError, AttributeError):
+        return ({"unreadable": str(checkpoint.provenance)},)
+    return (document, *older)
+
+
+def _asset_warnings(checkpoint: Checkpoint, plan: MergePlan) -> tuple[str, ...]:
+    from lora_merge_cli.assets import check_assets
+
+    if plan.model.name == "unknown" and checkpoint.assets is None:
+        return ()
+    return tuple(check_assets(checkpoint.assets).problems)
+
+
+def _execution_warnings(execution: Execution, plan: MergePlan) -> Sequence[str]:
+    from lora_merge_cli.execute import delta_is_zero
+
+    warnings = [
+        f"{name}: {count} non-finite entries in a leaf that no adapter touches"
+        for name, count in execution.not_finite.items()
+    ]
+    warnings += [f"{name}: the delta is exactly zero" for name in delta_is_zero(execution.moments)]
+    by_dtype: dict[str, list[float]] = {}
+    for layers in execution.moments.values():
+        total = Moments.total(layers)
+        for dtype in total.realised:
+            gain = total.survival(dtype).gain_along_inputs
+            if gain is not None:
+                by_dtype.setdefault(dtype, []).append(gain)
+    stored = {step.output.dtype.name for step in plan.steps if step.site is not None}
+    for dtype, gains in by_dtype.items():
+        low = [gain for gain in gains if gain < _GAIN_WORTH_A_WARNING]
+        if low:
+            where = "stored" if dtype in stored else "served"
+            advice = "store float32 with --dtype float32" if where == "stored" else "serve in float32"
+            warnings.append(
+                f"{where} as {dtype}, {len(low)} of {len(gains)} deltas lose more than 2 % "
+                f"(least gain along the adapter's inputs {min(low):.3f}): {advice}"
+            )
+    return warnings
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    installed = tuple((name, importlib.metadata.version(name)) for name in _PACKAGES)
+    return (("lora-merge", __version__), ("python", platform.python_version()), *installed)

@@ -1,0 +1,123 @@
+"""The float32 kernels, jitted: what runs on the device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_merge_cli.dtypes import dtype_named
+from lora_merge_cli.records import Array
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True)
+class RealisedSums:
+    """Per row of a tile, for one dtype; see `survival.Realised`."""
+
+    q_dot_d: Array
+    error_sq: Array
+    unchanged: Array
+    projected: Array
+    """``U^T q``, rank by outputs."""
+
+
+@dataclass(frozen=True)
+class FusedTile:
+    """A fused tile and the sums over its last axis."""
+
+    values: Array
+    kernel_finite: Array
+    finite: Array
+    delta_sq: Array
+    kernel_sq: Array
+    max_abs: Array
+    realised: dict[str, RealisedSums]
+
+    def to_host(self) -> FusedTile:
+        """The same as NumPy arrays, once the device is done."""
+        return jax.device_get(self)  # type: ignore[no-any-return]
+
+
+jax.tree_util.register_dataclass(
+    RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], []
+)
+jax.tree_util.register_dataclass(
+    FusedTile, ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised"], []
+)
+
+
+def fuse_tile(
+    kernel: Array,
+    base: Array | None,
+    a: Array,
+    b: Array,
+    basis: Array,
+    scale: np.float32,
+    *,
+    outputs_first: bool,
+    dtype: str,
+    serving_dtype: str,
+    device: Any,
+) -> FusedTile:
+    """``(base or kernel) + scale * a @ b`` of one tile, in float32, rounded once to `dtype`.
+
+    Args:
+        kernel: The tile of the kernel that the checkpoint holds, inputs by outputs, any floating dtype.
+        base: The tile to add the delta to instead of `kernel`.
+        a: lora_a's part, inputs by rank, float32.
+        b: lora_b's part, rank by outputs, float32, already summed where the model sums it alone.
+        basis: The tile's rows of an orthonormal basis of lora_a's columns, inputs by rank, float32.
+        scale: What the product is multiplied by.
+        outputs_first: Whether `kernel` and `base` are outputs by inputs instead.
+        dtype: The name of the dtype to round to.
+        serving_dtype: The name of the dtype that a server will cast to; survival is measured for both.
+        device: The JAX device to compute on.
+    """
+    operands = jax.device_put((kernel, base, a, b, basis, scale), device)
+    return _fuse(outputs_first, dtype, serving_dtype, *operands)  # type: ignore[no-any-return]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fuse(
+    outputs_first: bool,
+    dtype: str,
+    serving_dtype: str,
+    kernel: Any,
+    base: Any,
+    a: Any,
+    b: Any,
+    basis: Any,
+    scale: Any,
+) -> FusedTile:
+    layout = "oi" if outputs_first else "io"
+    kernel = kernel.astype(jnp.float32)
+    delta = scale * jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
+    result = (kernel if base is None else base.astype(jnp.float32)) + delta
+    values = result.astype(dtype_named(dtype))
+    realised = {}
+    for name in dict.fromkeys((dtype, serving_dtype)):
+        cast = dtype_named(name)
+        # A server casts what is stored, so the stored values are what it rounds once more.
+        q = values.astype(cast).astype(jnp.float32) - kernel.astype(cast).astype(jnp.float32)
+        error = q - delta
+        realised[name] = RealisedSums(
+            q_dot_d=jnp.sum(q * delta, axis=-1),
+            error_sq=jnp.sum(error * error, axis=-1),
+            unchanged=jnp.sum(q == 0, axis=-1, dtype=jnp.int32),
+            projected=jnp.einsum(f"ir,{layout}->ro", basis, q, precision=_HIGHEST),
+        )
+    return FusedTile(
+        values=values,
+        kernel_finite=jnp.all(jnp.isfinite(kernel)),
+        finite=jnp.all(jnp.isfinite(values)),
+        delta_sq=jnp.sum(delta * delta, axis=-1),
+        kernel_sq=jnp.sum(kernel * kernel, axis=-1),
+        max_abs=jnp.max(jnp.abs(delta)),
+        realised=realised,
+    )

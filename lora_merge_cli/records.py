@@ -1,0 +1,227 @@
+"""The core types: what a checkpoint holds, and what an adapter does to it. Frozen, and free of any format or trainer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from lora_merge_cli.equation import Equation
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Where a leaf sits in the tree. An `int` is a list index; a part may itself contain ``.`` or ``/``."""
+
+Region: TypeAlias = tuple[slice, ...]
+"""One slice with explicit start and stop per axis of a leaf."""
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""A host array of any shape and dtype."""
+
+
+def display(path: KeyPath) -> str:
+    """The path's name for people and globs: its parts joined with ``/``."""
+    return "/".join(map(str, path))
+
+
+def glob_matches(path: KeyPath, pattern: str) -> bool:
+    """Whether `pattern` matches the path's name; ``.`` and ``/`` count as the same separator, ``**`` crosses it."""
+    from wcmatch import glob
+
+    flags = glob.GLOBSTAR | glob.DOTGLOB | glob.CASE | glob.BRACE
+    return bool(
+        glob.globmatch(display(path).replace(".", "/"), pattern.replace(".", "/"), flags=flags)
+    )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One array of a checkpoint, without its data."""
+
+    path: KeyPath
+    """Where it sits in the tree."""
+    shape: tuple[int, ...]
+    """Its extents."""
+    dtype: np.dtype[Any]
+    """Its stored dtype; bfloat16 and float8 are those of ml_dtypes."""
+    kind: Literal["array", "scalar"] = "array"
+    """``scalar``: a Python number that the format stores as an array without axes."""
+
+    @property
+    def name(self) -> str:
+        """The display name of `path`."""
+        return display(self.path)
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes when decoded."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A part of the tree that is no array: an empty container, None or a string."""
+
+    path: KeyPath
+    """Where it sits in the tree."""
+    kind: str
+    """The format's own word for it, for example ``Dict``, ``None`` or ``string``."""
+    value: str | None = None
+    """The text of a string."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything that a checkpoint holds, without its data."""
+
+    tensors: Mapping[KeyPath, TensorSpec]
+    """Every array, in the checkpoint's order."""
+    constants: tuple[Constant, ...] = ()
+    """Every part that is no array."""
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """The size of all arrays in bytes when decoded."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a site's delta is multiplied by, and how that is known."""
+
+    value: float | None
+    """The factor; None when nothing states it."""
+    source: str
+    """Where it comes from, in words."""
+    assumed: bool = False
+    """Whether a stock preset, and nobody's word, supplied it."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What the model computes at a site, as einsums over one layer: ``y = base(x, w) + scale * up(down(x, a), b)``.
+
+    The oracle for a merge. It is how the trainer runs the adapter, not how the merge fuses it.
+    """
+
+    base: str
+    """``x, kernel -> y``."""
+    down: str
+    """``x, lora_a -> t``."""
+    up: str
+    """``t, lora_b -> y``."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Parameters of the additive low-rank operation, ``delta = scale * einsum(equation, lora_a, lora_b)``."""
+
+    rank: int
+    """The extent that `lora_a` and `lora_b` share."""
+    scale: Scale
+    """What the product is multiplied by."""
+    equation: Equation
+    """From the factors' dims to the kernel's."""
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    """A kernel with an adapter."""
+
+    targets: tuple[KeyPath, ...]
+    """The leaves that the adapter changes."""
+    operation: str
+    """The name of the operation that changes them."""
+    factors: Mapping[str, KeyPath]
+    """The adapter's leaves by role, for example ``lora_a`` and ``lora_b``."""
+    parameters: LowRank
+    """What the operation needs to know."""
+    forward: Forward
+    """What the model computes here."""
+    group: str
+    """The part of the model that shares an alpha, for example an expert."""
+    module: str
+    """The kind of module, for example ``q_einsum``."""
+
+    @property
+    def name(self) -> str:
+        """The display name of the first target."""
+        return display(self.targets[0])
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An input leaf that the output does not have, and why. Skipping is a value, never a lost log line."""
+
+    path: KeyPath
+    """The leaf."""
+    reason: str
+    """Why, in words."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a dialect makes of a checkpoint as a whole."""
+
+    name: str
+    """The model, or ``unknown``."""
+    advice: tuple[str, ...] = ()
+    """What to know before serving the merged result."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a dialect finds in an index."""
+
+    sites: tuple[AdapterSite, ...]
+    """Every site whose factors and kernel fit."""
+    dropped: tuple[Dropped, ...] = ()
+    """Adapter-like leaves that must not reach the output and are no site's."""
+    problems: tuple[Exception, ...] = ()
+    """Why a merge must be refused, worst first; empty when nothing stands in its way."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know."""
+
+
+def full_region(shape: Sequence[int]) -> Region:
+    """The region that covers a whole leaf."""
+    return tuple(slice(0, extent) for extent in shape)
+
+
+def region_shape(region: Region) -> tuple[int, ...]:
+    """The extents of a region."""
+    return tuple(part.stop - part.start for part in region)
+
+
+def relative(region: Region, origin: Region) -> Region:
+    """`region` as seen from the start of `origin`."""
+    return tuple(
+        slice(part.start - base.start, part.stop - base.start)
+        for part, base in zip(region, origin, strict=True)
+    )
+
+
+def grid(region: Region, block: Sequence[int]) -> Iterator[Region]:
+    """Cut `region` into blocks of at most `block`, in row-major order; the last one of an axis may be smaller."""
+    if not region:
+        yield ()
+        return
+    first, rest = region[0], region[1:]
+    for start in range(first.start, first.stop, block[0]):
+        part = slice(start, min(start + block[0], first.stop))
+        for tail in grid(rest, block[1:]):
+            yield (part, *tail)
+
+
+def first_names(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    listed = list(names)
+    shown = ", ".join(listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} and {len(listed) - limit} more"

@@ -1,0 +1,12 @@
+"""The report as JSON, for programs. `MergeReport.schema_version` says how to read it."""
+
+from __future__ import annotations
+
+import json
+
+from lora_merge_cli.report import MergeReport
+
+
+def to_json(report: MergeReport) -> str:
+    """One JSON document with a final newline."""
+    return json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
