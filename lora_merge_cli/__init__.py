@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lora_merge_cli.dialects.interface import ScaleOptions as ScaleOptions
     from lora_merge_cli.errors import LoraMergeError as LoraMergeError
     from lora_merge_cli.formats import open_checkpoint as open_checkpoint
-    from lora_merge_cli.inspection import InspectRequest as InspectRequest
     from lora_merge_cli.inspection import Inspection as Inspection
+    from lora_merge_cli.inspection import InspectRequest as InspectRequest
     from lora_merge_cli.inspection import inspect as inspect
     from lora_merge_cli.merging import MergeRequest as MergeRequest
     from lora_merge_cli.merging import merge as merge
@@ -37,7 +37,7 @@ _HOMES = {
     "prepare": "merging",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (all strings: the names in _HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,9 +28,7 @@ def check_assets(assets: Path | None) -> AssetCheck:
     """Look at an ``assets`` folder: are normalisation statistics present, finite, and is q01 below q99 everywhere?"""
     if assets is None:
         return AssetCheck((), (), ("no assets folder: a server needs its normalisation statistics",))
-    files = tuple(
-        sorted(f.relative_to(assets).as_posix() for f in assets.rglob("*") if f.is_file())
-    )
+    files = tuple(sorted(f.relative_to(assets).as_posix() for f in assets.rglob("*") if f.is_file()))
     found = [name for name in files if Path(name).name == NORM_STATS]
     problems = [] if found else [f"no {NORM_STATS} below {assets}: a server needs it"]
     for name in found:
@@ -80,7 +78,4 @@ def _numbers(values: Any) -> list[float] | None:
         return None
     if not isinstance(values, list):
         return [math.nan]
-    return [
-        float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan
-        for v in values
-    ]
+    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]

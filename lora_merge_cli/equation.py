@@ -57,9 +57,7 @@ class Equation:
         """Dims of ``lora_b`` that the model sums over by themselves."""
         return "".join(dim for dim in self.b if dim not in self.a and dim not in self.target)
 
-    def sizes(
-        self, a: Sequence[int], b: Sequence[int], target: Sequence[int]
-    ) -> dict[str, int] | None:
+    def sizes(self, a: Sequence[int], b: Sequence[int], target: Sequence[int]) -> dict[str, int] | None:
         """The extent of each dim, or None if the three shapes do not fit the equation."""
         sizes: dict[str, int] = {}
         for dims, shape in ((self.target, target), (self.a, a), (self.b, b)):

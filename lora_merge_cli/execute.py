@@ -173,6 +173,7 @@ class Execution:
         assert site is not None, "only a site changes a leaf"
         update = operation_named(site.operation).init(
             site,
+            f"{self._source.path} :: {site.name}",
             step.source.shape,
             {role: self._read_whole(self._plan.factors[p]) for role, p in site.factors.items()},
             step.output.dtype,
@@ -238,8 +239,7 @@ class Execution:
                 "the base is not what the fine-tune started from",
                 where=self._base.path,
                 expected="every frozen leaf to equal the base's, rounded to its dtype, bit for bit",
-                found=f"{len(self._wrong_frozen)} of {self._frozen} that differ: "
-                f"{first_names(self._wrong_frozen, 3)}",
+                found=f"{len(self._wrong_frozen)} of {self._frozen} that differ: {first_names(self._wrong_frozen, 3)}",
             )
 
     def _count_not_finite(self, step: Step, values: Array) -> None:
@@ -250,9 +250,7 @@ class Execution:
                 self.not_finite[name] = self.not_finite.get(name, 0) + bad
 
 
-def _computed(
-    update: Update, step: Step, part: Region, values: Array, base: Array | None
-) -> Array:
+def _computed(update: Update, step: Step, part: Region, values: Array, base: Array | None) -> Array:
     """One write block, tile by tile, with a few tiles on the device at a time."""
     result = np.empty(region_shape(part), step.output.dtype)
     pending: deque[tuple[Region, Pending]] = deque()

@@ -175,9 +175,7 @@ def inspect(request: InspectRequest) -> Inspection:
         parameters=sum(spec.size for spec in index.tensors.values()),
         nbytes=index.nbytes,
         dtypes=tuple(by_dtype.most_common()),
-        adapter_parameters=sum(
-            index.tensors[path].size for path, group in groups.items() if group == "adapter"
-        ),
+        adapter_parameters=sum(index.tensors[path].size for path, group in groups.items() if group == "adapter"),
         sites=tuple(_site_row(checkpoint, index, site, request.stats) for site in survey.sites),
         groups=_group_rows(dialect, index, groups),
         problems=tuple(problems),
@@ -276,11 +274,7 @@ def _site_stats(checkpoint: Checkpoint, index: Index, site: AdapterSite) -> Site
     ratios = None
     if scale is not None and np.all(kernel_sq > 0):
         ratios = abs(scale) * np.sqrt(per_layer / kernel_sq)
-    total = (
-        None
-        if ratios is None or scale is None
-        else float(abs(scale) * np.sqrt(per_layer.sum() / kernel_sq.sum()))
-    )
+    total = None if ratios is None or scale is None else float(abs(scale) * np.sqrt(per_layer.sum() / kernel_sq.sum()))
     return SiteStats(
         relative_norm=total,
         relative_norm_worst=None if ratios is None else float(ratios.max()),
@@ -358,18 +352,14 @@ def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tupl
     return tuple(rows)
 
 
-def _compare_leaf(
-    checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, partner: KeyPath
-) -> BaseRow:
+def _compare_leaf(checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, partner: KeyPath) -> BaseRow:
     equal, change_sq, base_sq = True, 0.0, 0.0
     for region in _regions(checkpoint, spec):
         values = checkpoint.source.read(spec.path, region)
         reference = base.source.read(partner, region)
         with np.errstate(over="ignore"):
             rounded = reference.astype(values.dtype)
-        equal = equal and np.array_equal(
-            rounded.reshape(-1).view(np.uint8), values.reshape(-1).view(np.uint8)
-        )
+        equal = equal and np.array_equal(rounded.reshape(-1).view(np.uint8), values.reshape(-1).view(np.uint8))
         if is_float(values.dtype):
             difference = values.astype(np.float32) - reference.astype(np.float32)
             change_sq += float(np.square(difference, dtype=np.float64).sum())

@@ -18,25 +18,25 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclass(frozen=True)
 class RealisedSums:
-    """Per row of a tile, for one dtype; see `survival.Realised`."""
+    """Per row of a tile, for one dtype; see `survival.Realised`. JAX arrays, or NumPy ones once on the host."""
 
-    q_dot_d: Array
-    error_sq: Array
-    unchanged: Array
-    projected: Array
+    q_dot_d: Any
+    error_sq: Any
+    unchanged: Any
+    projected: Any
     """``U^T q``, rank by outputs."""
 
 
 @dataclass(frozen=True)
 class FusedTile:
-    """A fused tile and the sums over its last axis."""
+    """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host."""
 
-    values: Array
-    kernel_finite: Array
-    finite: Array
-    delta_sq: Array
-    kernel_sq: Array
-    max_abs: Array
+    values: Any
+    kernel_finite: Any
+    finite: Any
+    delta_sq: Any
+    kernel_sq: Any
+    max_abs: Any
     realised: dict[str, RealisedSums]
 
     def to_host(self) -> FusedTile:
@@ -44,9 +44,7 @@ class FusedTile:
         return jax.device_get(self)  # type: ignore[no-any-return]
 
 
-jax.tree_util.register_dataclass(
-    RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], []
-)
+jax.tree_util.register_dataclass(RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], [])
 jax.tree_util.register_dataclass(
     FusedTile, ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised"], []
 )

@@ -136,9 +136,7 @@ def plan_merge(
     if unscaled:
         raise dialect.unknown_scale(unscaled, where)
     dropped = [*survey.dropped, *_excluded_factors(excluded)]
-    factors = {
-        path: index.tensors[path] for site in chosen for path in site.factors.values()
-    }
+    factors = {path: index.tensors[path] for site in chosen for path in site.factors.values()}
     gone = {*factors, *(leaf.path for leaf in dropped)}
     by_target = {target: site for site in chosen for target in site.targets}
     bases = _match_base(checkpoint, dialect, index, chosen, base)
@@ -223,9 +221,7 @@ def _nothing(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
             hint="serve it as it is",
         )
     if any(map(looks_like_adapter, index.tensors)):
-        return NothingToMerge(
-            "nothing to merge: --include and --exclude leave no site", where=where
-        )
+        return NothingToMerge("nothing to merge: --include and --exclude leave no site", where=where)
     return NothingToMerge(
         "nothing to merge: no adapter keys, so it is already merged or was trained without LoRA",
         where=where,
@@ -234,11 +230,7 @@ def _nothing(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
 
 
 def _excluded_factors(excluded: Sequence[AdapterSite]) -> list[Dropped]:
-    return [
-        Dropped(path, "left out by --include or --exclude")
-        for site in excluded
-        for path in site.factors.values()
-    ]
+    return [Dropped(path, "left out by --include or --exclude") for site in excluded for path in site.factors.values()]
 
 
 def _match_base(
@@ -251,14 +243,8 @@ def _match_base(
     """The base's leaf for each leaf that the fine-tune froze."""
     if base is None:
         return {}
-    available = {
-        dialect.canonical(path): spec for path, spec in base.source.index().tensors.items()
-    }
-    frozen = [
-        path
-        for path, group in dialect.grouping(index, tuple(sites)).items()
-        if group in ("frozen", "lora")
-    ]
+    available = {dialect.canonical(path): spec for path, spec in base.source.index().tensors.items()}
+    frozen = [path for path, group in dialect.grouping(index, tuple(sites)).items() if group in ("frozen", "lora")]
     matched, wrong = {}, []
     for path in frozen:
         spec = available.get(dialect.canonical(path))
@@ -315,9 +301,7 @@ def _step(
     )
 
 
-def _refuse_float8(
-    checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite | None, options: MergeOptions
-) -> None:
+def _refuse_float8(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite | None, options: MergeOptions) -> None:
     if site is not None and is_float8(spec.dtype) and options.dtype != "keep":
         raise UnsupportedCheckpoint(
             "a float8 kernel under an adapter",
@@ -344,9 +328,7 @@ def _read_block(spec: TensorSpec, units: Sequence[Sequence[int]]) -> tuple[int, 
     return tuple(max(extent, 1) for extent in block)
 
 
-def _write_block(
-    output: TensorSpec, read_block: Sequence[int], tile: Sequence[int]
-) -> tuple[int, ...]:
+def _write_block(output: TensorSpec, read_block: Sequence[int], tile: Sequence[int]) -> tuple[int, ...]:
     """A part of the read block that is small enough to hold several of: a layer where layers are stacked."""
     block = list(read_block)
     for axis in range(len(block)):

@@ -31,9 +31,7 @@ def glob_matches(path: KeyPath, pattern: str) -> bool:
     from wcmatch import glob
 
     flags = glob.GLOBSTAR | glob.DOTGLOB | glob.CASE | glob.BRACE
-    return bool(
-        glob.globmatch(display(path).replace(".", "/"), pattern.replace(".", "/"), flags=flags)
-    )
+    return bool(glob.globmatch(display(path).replace(".", "/"), pattern.replace(".", "/"), flags=flags))
 
 
 @dataclass(frozen=True)
@@ -203,8 +201,7 @@ def region_shape(region: Region) -> tuple[int, ...]:
 def relative(region: Region, origin: Region) -> Region:
     """`region` as seen from the start of `origin`."""
     return tuple(
-        slice(part.start - base.start, part.stop - base.start)
-        for part, base in zip(region, origin, strict=True)
+        slice(part.start - base.start, part.stop - base.start) for part, base in zip(region, origin, strict=True)
     )
 
 

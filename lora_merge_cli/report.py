@@ -128,9 +128,7 @@ class MergeReport:
         return {"schema_version": document.pop("schema_version"), **document}
 
 
-def site_record(
-    site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] = ()
-) -> SiteRecord:
+def site_record(site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] = ()) -> SiteRecord:
     """The record of one site; with `layers`, of what became of its delta."""
     step = next(s for s in plan.steps if s.source.path == site.targets[0])
     scale = site.parameters.scale
@@ -157,9 +155,7 @@ def site_record(
         max_abs=total.max_abs,
         survival=tuple(map(total.survival, total.realised)),
         layers=tuple(
-            LayerRecord(
-                layer.relative_norm, layer.max_abs, tuple(map(layer.survival, layer.realised))
-            )
+            LayerRecord(layer.relative_norm, layer.max_abs, tuple(map(layer.survival, layer.realised)))
             for layer in layers
         ),
     )
@@ -177,8 +173,7 @@ def copied_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
 def dropped_records(plan: MergePlan, left_out: tuple[str, ...]) -> tuple[DroppedRecord, ...]:
     """The factors that were merged, the leaves that were dropped, and the folders that were left out."""
     factors = (
-        DroppedRecord("/".join(map(str, path)), "adapter factor, merged into its kernel")
-        for path in plan.factors
+        DroppedRecord("/".join(map(str, path)), "adapter factor, merged into its kernel") for path in plan.factors
     )
     leaves = (DroppedRecord("/".join(map(str, leaf.path)), leaf.reason) for leaf in plan.dropped)
     reasons = {"train_state": "the optimiser's state does not fit the merged parameters"}

@@ -35,17 +35,13 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
     for path in inputs:
         source = path.resolve()
         if resolved == source or resolved.is_relative_to(source):
-            raise UnsafeOutput(
-                "the output would lie inside an input", where=target, found=f"input {source}"
-            )
+            raise UnsafeOutput("the output would lie inside an input", where=target, found=f"input {source}")
         if source.is_relative_to(resolved):
             raise UnsafeOutput("the output would replace an input", where=target, found=source)
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise OutputExists(
-            "the output exists", where=target, hint="pass --overwrite, or choose another -o"
-        )
+        raise OutputExists("the output exists", where=target, hint="pass --overwrite, or choose another -o")
     for kept in (Path.cwd(), Path.home()):
         if kept.resolve().is_relative_to(resolved):
             raise UnsafeOutput("--overwrite would remove more than an output", where=target)
@@ -89,7 +85,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         with _filesystem(target.parent):
             _remove_leftovers(target)
             stage = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MARK}", dir=target.parent))
-            lock = open(f"{stage}{_LOCK}", "w")  # noqa: SIM115  (held until the directory is gone)
+            lock = Path(f"{stage}{_LOCK}").open("w")  # noqa: SIM115  (held until the directory is gone)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             inner = stage / "out"
@@ -138,7 +134,7 @@ def _publish(inner: Path, target: Path, stage: Path, *, overwrite: bool) -> None
 def _remove_leftovers(target: Path) -> None:
     for lock_file in target.parent.glob(f".{_escaped(target.name)}{_MARK}*{_LOCK}"):
         stage = Path(str(lock_file).removesuffix(_LOCK))
-        with open(lock_file, "w") as lock:
+        with lock_file.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

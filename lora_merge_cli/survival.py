@@ -85,9 +85,7 @@ class Moments:
             relative_error=_ratio(math.sqrt(sums.error_sq), math.sqrt(self.delta_sq)),
             unchanged=_ratio(sums.unchanged, self.entries),
             gain_along_inputs=_ratio(sums.inputs_q_dot_d, sums.inputs_d_sq),
-            error_along_inputs=_ratio(
-                math.sqrt(sums.inputs_error_sq), math.sqrt(sums.inputs_d_sq)
-            ),
+            error_along_inputs=_ratio(math.sqrt(sums.inputs_error_sq), math.sqrt(sums.inputs_d_sq)),
         )
 
 

@@ -84,9 +84,7 @@ Base = Annotated[
     Path | None,
     typer.Option(help="The float32 checkpoint that the fine-tune started from.", show_default=False),
 ]
-StepOption = Annotated[
-    int | None, typer.Option(help="Which step of a run directory.", show_default=False)
-]
+StepOption = Annotated[int | None, typer.Option(help="Which step of a run directory.", show_default=False)]
 LoraAlpha = Annotated[
     str | None,
     typer.Option(
@@ -162,15 +160,9 @@ def merge(
     base: Base = None,
     lora_alpha: LoraAlpha = None,
     rslora: RsLora = None,
-    scale: Annotated[
-        float, typer.Option(help="Multiply every delta by this; 1 is as trained.")
-    ] = 1.0,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the kernels that change; auto: float32 for OpenPI.")
-    ] = Dtype.auto,
-    dtype_untouched: Annotated[
-        DtypeUntouched, typer.Option(help="Of all other leaves.")
-    ] = DtypeUntouched.keep,
+    scale: Annotated[float, typer.Option(help="Multiply every delta by this; 1 is as trained.")] = 1.0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the kernels that change; auto: float32 for OpenPI.")] = Dtype.auto,
+    dtype_untouched: Annotated[DtypeUntouched, typer.Option(help="Of all other leaves.")] = DtypeUntouched.keep,
     include: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Merge only these sites. Repeatable.", show_default=False),
@@ -184,9 +176,7 @@ def merge(
         str | None,
         typer.Option(help="The JAX device, such as cpu or cuda:0; JAX's default if not given.", show_default=False),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the whole plan; write nothing. Needs no -o.")
     ] = False,
@@ -220,9 +210,7 @@ def merge(
             tuple(include or ()),
             tuple(exclude or ()),
         )
-        prepared = prepare(
-            MergeRequest(checkpoint, output, base, step, overwrite, device, options)
-        )
+        prepared = prepare(MergeRequest(checkpoint, output, base, step, overwrite, device, options))
         if dry_run:
             done = prepared.report()
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -21,7 +22,9 @@ def boundary(*, verbose: bool) -> Iterator[None]:
 
     An unexpected one is a defect and keeps its traceback. SIGTERM unwinds the block as Ctrl-C does, so that staging is removed.
     """
-    previous = signal.signal(signal.SIGTERM, _on_sigterm)
+    # Only the main thread may set a handler; an embedder's thread keeps its own.
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _on_sigterm) if in_main else None
     try:
         yield
     except LoraMergeError as error:
@@ -36,7 +39,8 @@ def boundary(*, verbose: bool) -> Iterator[None]:
         sys.stderr.close()
         sys.exit(0)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(message: str, code: int, verbose: bool) -> None:

@@ -72,8 +72,7 @@ def print_inspection(found: Inspection) -> None:
     console.print(escape(found.path), overflow="fold")
     dtypes = ", ".join(f"{byte_size(size)} {name}" for name, size in found.dtypes)
     console.print(
-        f"{quantity(found.parameters)} parameters in {found.leaves} leaves, "
-        f"{byte_size(found.nbytes)} ({dtypes})"
+        f"{quantity(found.parameters)} parameters in {found.leaves} leaves, {byte_size(found.nbytes)} ({dtypes})"
     )
     if found.adapter_parameters:
         console.print(f"{quantity(found.adapter_parameters)} of them are adapters")
@@ -219,9 +218,7 @@ def _print_report_sites(console: Console, sites: Sequence[SiteRecord]) -> None:
     table = _table("site", ">rank", "equation", ">scale", "stored as")
     for site in sites:
         stored = site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} > {site.dtype}"
-        table.add_row(
-            escape(_short(site.target)), str(site.rank), site.equation, short_scale(site), stored
-        )
+        table.add_row(escape(_short(site.target)), str(site.rank), site.equation, short_scale(site), stored)
     console.print(table)
     for group, source in dict.fromkeys((site.group, site.scale_source) for site in sites):
         console.print(f"[dim]{group}: {escape(source)}[/dim]")

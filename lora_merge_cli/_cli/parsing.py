@@ -51,9 +51,7 @@ def _alphas(text: str) -> dict[str, float]:
         group, separator, number = part.rpartition("=")
         group = group.strip()
         if separator and group not in _GROUPS:
-            raise UsageError(
-                "--lora-alpha names no expert", expected=" or ".join(_GROUPS), found=group or part
-            )
+            raise UsageError("--lora-alpha names no expert", expected=" or ".join(_GROUPS), found=group or part)
         if group in alphas:
             raise UsageError("--lora-alpha names an expert twice", found=text)
         try:
@@ -74,7 +72,5 @@ def _rslora_groups(text: str) -> list[str]:
     groups = ["" if name == EVERY_GROUP else name.strip() for name in text.split(",")]
     for group in groups:
         if group and group not in _GROUPS:
-            raise UsageError(
-                "--rslora names no expert", expected=f"{', '.join(_GROUPS)} or nothing", found=text
-            )
+            raise UsageError("--rslora names no expert", expected=f"{', '.join(_GROUPS)} or nothing", found=text)
     return groups

@@ -103,9 +103,7 @@ _FEED_FORWARD: Mapping[str, Rule] = {
 _HEADS = ("n", "m")
 
 _ATTENTION_MODULE = re.compile(rf"({'|'.join(_ATTENTION)})(_1)?")
-_EXPERT_MODULE = re.compile(
-    rf"({'|'.join(_ATTENTION)}|mlp|pre_attention_norm|pre_ffw_norm|final_norm)_1"
-)
+_EXPERT_MODULE = re.compile(rf"({'|'.join(_ATTENTION)}|mlp|pre_attention_norm|pre_ffw_norm|final_norm)_1")
 _FEED_FORWARD_MODULE = re.compile(r"mlp(_1)?")
 _FEED_FORWARD_FACTOR = re.compile(rf"({'|'.join(_FEED_FORWARD)})_(lora_[ab])")
 
@@ -164,16 +162,12 @@ class OpenPI:
                 sites.append(found)
             else:
                 problems.append(found)
-        return Survey(
-            tuple(sites), tuple(dropped), tuple(problems), tuple(_alpha_notes(sites, options))
-        )
+        return Survey(tuple(sites), tuple(dropped), tuple(problems), tuple(_alpha_notes(sites, options)))
 
     def unknown_scale(self, sites: Sequence[AdapterSite], where: str) -> UnknownScale:
         """See `Dialect.unknown_scale`."""
         ranks = sorted({(site.group, site.parameters.rank) for site in sites}, reverse=True)
-        stock = (
-            f"{rank} for {group}" for group, presets in STOCK_ALPHA.items() for rank in presets
-        )
+        stock = (f"{rank} for {group}" for group, presets in STOCK_ALPHA.items() for rank in presets)
         example = ",".join(f"{group}=ALPHA" for group in dict.fromkeys(g for g, _ in ranks))
         return UnknownScale(
             "the LoRA scale of attention is not stored, and the rank is no stock one",
@@ -242,7 +236,7 @@ class OpenPI:
             path = path[1:]
         return path[:-1] if len(path) > 1 and path[-1] == "value" else path
 
-    def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:
+    def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:  # noqa: ARG002  (others keep the stored one)
         """See `Dialect.fused_dtype`: float32, since the stored bfloat16 would eat the delta."""
         return FLOAT32
 
@@ -288,9 +282,7 @@ def _site(
     if len(factors) < 2:
         present = next(iter(factors.values()))
         other = "lora_b" if "lora_a" in factors else "lora_a"
-        return UnmatchedAdapter(
-            f"a factor without its {other}", where=f"{where} :: {display(present)}"
-        )
+        return UnmatchedAdapter(f"a factor without its {other}", where=f"{where} :: {display(present)}")
     if target not in index.tensors:
         return UnmatchedAdapter(
             "factors without a kernel",

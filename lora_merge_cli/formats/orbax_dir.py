@@ -63,9 +63,7 @@ def _is_item(path: Path) -> bool:
 
 def _items(path: Path) -> list[str]:
     return sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.is_dir() and _UNFINISHED not in entry.name and _is_item(entry)
+        entry.name for entry in path.iterdir() if entry.is_dir() and _UNFINISHED not in entry.name and _is_item(entry)
     )
 
 
@@ -86,9 +84,7 @@ def _steps(run: Path) -> dict[int, Path]:
 def _open_run(path: Path, step: int | None) -> Checkpoint:
     steps = _steps(path)
     if step is not None and step not in steps:
-        raise InputNotFound(
-            f"the run has no step {step}", where=path, found=", ".join(map(str, sorted(steps)))
-        )
+        raise InputNotFound(f"the run has no step {step}", where=path, found=", ".join(map(str, sorted(steps))))
     chosen = max(steps) if step is None else step
     how = "as asked" if step is not None else "the newest"
     notes = [f"step {chosen} of {len(steps)} ({how}): {steps[chosen]}"]
@@ -99,9 +95,7 @@ def _open_run(path: Path, step: int | None) -> Checkpoint:
     )
     if unusable and step is None:
         notes.append(f"passed over, since they hold no finished arrays: {', '.join(unusable)}")
-    return _open_step(
-        steps[chosen], given=path, step=None, steps=tuple(sorted(steps)), notes=tuple(notes)
-    )
+    return _open_step(steps[chosen], given=path, step=None, steps=tuple(sorted(steps)), notes=tuple(notes))
 
 
 def _open_step(
@@ -114,9 +108,7 @@ def _open_step(
 ) -> Checkpoint:
     items = _items(path)
     if not items:
-        raise CorruptCheckpoint(
-            "a step without arrays", where=path, expected="an item folder such as params"
-        )
+        raise CorruptCheckpoint("a step without arrays", where=path, expected="an item folder such as params")
     if _PREFERRED_ITEM in items:
         item = _PREFERRED_ITEM
     elif len(items) == 1:
@@ -149,9 +141,7 @@ def _open_item(
         raise UsageError(f"--step {step} needs a run directory", where=given)
     left_out: tuple[str, ...] = ()
     if item is not None:
-        left_out = tuple(
-            sorted(e.name for e in directory.iterdir() if e.name not in _BOOKKEEPING | {item})
-        )
+        left_out = tuple(sorted(e.name for e in directory.iterdir() if e.name not in _BOOKKEEPING | {item}))
     assets, provenance = directory / _ASSETS, directory / PROVENANCE
     return Checkpoint(
         format=OrbaxFormat.name,

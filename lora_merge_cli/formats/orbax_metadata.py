@@ -18,9 +18,7 @@ from lora_merge_cli.records import Constant, KeyPath, TensorSpec, display
 TREE_FILE = "_METADATA"
 STEP_FILE = "_CHECKPOINT_METADATA"
 STRINGS_FILE = "_strings.json"
-PYTREE_HANDLER = (
-    "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-)
+PYTREE_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 _SEQUENCE, _DICT = 1, 2
 _ARRAY_TYPES = frozenset({"jax.Array", "np.ndarray"})
@@ -64,9 +62,7 @@ def read_tree(directory: Path) -> TreeMetadata:
     try:
         entries = tuple(_entry(item) for item in raw["tree_metadata"].values())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptCheckpoint(
-            "the tree metadata is not what Orbax writes", where=file, found=repr(error)
-        ) from error
+        raise CorruptCheckpoint("the tree metadata is not what Orbax writes", where=file, found=repr(error)) from error
     strings: Mapping[str, str] = {}
     if any(entry.value_type == "string" for entry in entries):
         strings = _load_json(directory / STRINGS_FILE)
@@ -78,9 +74,7 @@ def read_tree(directory: Path) -> TreeMetadata:
     )
 
 
-def write_tree(
-    directory: Path, specs: Iterable[TensorSpec], constants: Iterable[Constant], zarr_version: int
-) -> None:
+def write_tree(directory: Path, specs: Iterable[TensorSpec], constants: Iterable[Constant], zarr_version: int) -> None:
     """Write ``_METADATA``, and ``_strings.json`` where there are strings.
 
     Arrays are written as ``np.ndarray``: a reader then needs neither a sharding file nor the devices of the writer.
@@ -88,10 +82,7 @@ def write_tree(
     Raises:
         UnsupportedCheckpoint: Two key paths have one storage name.
     """
-    entries = [
-        Entry(spec.path, "scalar" if spec.kind == "scalar" else "np.ndarray", skipped=False)
-        for spec in specs
-    ]
+    entries = [Entry(spec.path, "scalar" if spec.kind == "scalar" else "np.ndarray", skipped=False) for spec in specs]
     strings = {}
     for constant in constants:
         is_string = constant.kind == "string"
@@ -104,8 +95,7 @@ def write_tree(
         "tree_metadata": {
             str(tuple(map(str, entry.path))): {
                 "key_metadata": [
-                    {"key": str(part), "key_type": _SEQUENCE if isinstance(part, int) else _DICT}
-                    for part in entry.path
+                    {"key": str(part), "key_type": _SEQUENCE if isinstance(part, int) else _DICT} for part in entry.path
                 ],
                 "value_metadata": {
                     "value_type": entry.value_type,
@@ -165,8 +155,7 @@ def constant_of(entry: Entry, tree: TreeMetadata, directory: Path) -> Constant |
 
 def _entry(item: Mapping[str, Any]) -> Entry:
     path: KeyPath = tuple(
-        int(part["key"]) if part["key_type"] == _SEQUENCE else str(part["key"])
-        for part in item["key_metadata"]
+        int(part["key"]) if part["key_type"] == _SEQUENCE else str(part["key"]) for part in item["key_metadata"]
     )
     value = item["value_metadata"]
     return Entry(path, str(value["value_type"]), bool(value.get("skip_deserialize", False)))

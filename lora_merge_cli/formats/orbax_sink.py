@@ -136,5 +136,5 @@ def _storage_error(path: Path, error: Exception) -> LoraMergeError:
     if "no space left" in lowered or "quota exceeded" in lowered or "file too large" in lowered:
         return DiskFull("the disk is full", where=path, hint="free some space, or write elsewhere")
     if isinstance(error, PermissionError) or "permission" in lowered or "read-only" in lowered:
-        return NotPermitted("cannot be written", where=path, found=text.split(" [")[0][:200])
-    return ResourceError("writing failed", where=path, found=text.split(" [")[0][:200])
+        return NotPermitted("cannot be written", where=path, found=text.split(" [", maxsplit=1)[0][:200])
+    return ResourceError("writing failed", where=path, found=text.split(" [", maxsplit=1)[0][:200])

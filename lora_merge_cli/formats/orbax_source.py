@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class OrbaxSource:
     def chunk(self, path: KeyPath) -> tuple[int, ...]:
         """See `Source.chunk`."""
         array = self._array(path)
-        return tuple(array.chunk_layout.read_chunk.shape or array.shape)
+        return _known(array.chunk_layout.read_chunk.shape, array.shape)
 
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`."""
@@ -153,15 +152,10 @@ class OrbaxSource:
         for path, spec in tensors.items():
             if spec.size == 0:
                 continue
-            layout = self._arrays[path].chunk_layout
-            shape = layout.write_chunk.shape or spec.shape
+            shape = _known(self._arrays[path].chunk_layout.write_chunk.shape, spec.shape)
             counts = [math.ceil(n / c) for n, c in zip(spec.shape, shape, strict=True)]
             prefix = self._entries[path].storage_name
-            missing = [
-                name
-                for name in self._chunk_names(path, counts)
-                if f"{prefix}/{name}" not in present
-            ]
+            missing = [name for name in self._chunk_names(path, counts) if f"{prefix}/{name}" not in present]
             if missing:
                 raise CorruptCheckpoint(
                     "chunks are missing",
@@ -225,3 +219,8 @@ class OrbaxSource:
             found=reason[:_FIRST_LINE],
             hint="a file is missing or damaged: copy the checkpoint again from where it was written",
         )
+
+
+def _known(chunk: Sequence[int | None] | None, shape: Sequence[int]) -> tuple[int, ...]:
+    """A chunk's extents; the array's own where the layout leaves one open."""
+    return tuple(n if c is None else c for c, n in zip(chunk or shape, shape, strict=True))

@@ -43,6 +43,7 @@ class AddDelta:
     def init(
         self,
         site: AdapterSite,
+        where: str,
         shape: Sequence[int],
         factors: Mapping[str, Array],
         dtype: np.dtype[Any],
@@ -54,7 +55,7 @@ class AddDelta:
         scale = site.parameters.scale.value
         assert scale is not None, "a plan has no site without a scale"
         return LowRankUpdate(
-            site.name,
+            where,
             site.parameters.equation,
             tuple(shape),
             factors["lora_a"],
@@ -75,7 +76,7 @@ class LowRankUpdate:
 
     def __init__(
         self,
-        name: str,
+        where: str,
         equation: Equation,
         shape: tuple[int, ...],
         lora_a: Array,
@@ -85,7 +86,7 @@ class LowRankUpdate:
         serving_dtype: np.dtype[Any],
         device: Any,
     ) -> None:
-        self._name = name
+        self._where = where
         self._equation = equation
         self._shape = shape
         self._scale = scale
@@ -136,7 +137,7 @@ class LowRankUpdate:
     def finish(self) -> tuple[Moments, ...]:
         """See `Update.finish`."""
         if self._projections or sum(m.entries for m in self._layers) != math.prod(self._shape):
-            raise RuntimeError(f"{self._name}: not every tile was computed")
+            raise RuntimeError(f"{self._where}: not every tile was computed")
         return self._layers
 
     def take(self, region: Region, tile: FusedTile) -> Array:
@@ -144,14 +145,14 @@ class LowRankUpdate:
         if not bool(tile.kernel_finite):
             raise NonFiniteInput(
                 "a kernel under an adapter is not finite",
-                where=self._name,
+                where=self._where,
                 expected="finite values",
                 found=f"NaN or Inf in {_spell(region)}",
             )
         if not bool(tile.finite):
             raise Unrepresentable(
                 f"the merged kernel overflows {self._dtype.name}",
-                where=self._name,
+                where=self._where,
                 found=f"a result beyond its range in {_spell(region)}",
                 hint="use --dtype float32 or bfloat16",
             )
@@ -173,9 +174,9 @@ class LowRankUpdate:
             )
         )
         self._project(region, tile, layer)
-        return tile.values.reshape(region_shape(region))
+        return np.asarray(tile.values).reshape(region_shape(region))
 
-    def _split(self, region: Region) -> tuple[tuple[int, ...], Region, Region]:
+    def _split(self, region: Region) -> tuple[Any, Any, Any]:
         """A tile's index in the batch dims, and its slices of the inputs and of the outputs."""
         parts = dict(zip(self._equation.target, region, strict=True))
         return (
@@ -207,14 +208,14 @@ class LowRankUpdate:
                 )
             )
 
-    def _ideal_projection(self, batch: tuple[int, ...], outputs: Region) -> Array:
+    def _ideal_projection(self, batch: Any, outputs: Any) -> Array:
         """``U^T d = scale * (U^T A) B`` without forming ``d``, in float64."""
         a = self._a[batch].reshape(self._input_entries, -1).astype(np.float64)
         basis = self._basis[batch].reshape(self._input_entries, -1).astype(np.float64)
         b = self._b_matrix(batch, outputs).astype(np.float64)
         return np.asarray(np.float64(self._scale) * ((basis.T @ a) @ b))
 
-    def _b_matrix(self, batch: tuple[int, ...], outputs: Region) -> Array:
+    def _b_matrix(self, batch: Any, outputs: Any) -> Array:
         b = self._b[(*batch, slice(None), *outputs)]
         return b.reshape(b.shape[0], -1)
 

@@ -65,6 +65,7 @@ class Operation(Protocol):
     def init(
         self,
         site: AdapterSite,
+        where: str,
         shape: Sequence[int],
         factors: Mapping[str, Array],
         dtype: np.dtype[Any],
@@ -76,6 +77,7 @@ class Operation(Protocol):
 
         Args:
             site: The site.
+            where: The kernel as errors name it.
             shape: The kernel's shape.
             factors: The adapter's leaves by role, in the stored dtype, finite.
             dtype: What the result is stored in.

@@ -22,9 +22,7 @@ def check_report_paths(paths: list[Path]) -> None:
     """
     for path in paths:
         if path.suffix not in RENDERERS:
-            raise UsageError(
-                "--report does not know the suffix", where=path, expected=" or ".join(RENDERERS)
-            )
+            raise UsageError("--report does not know the suffix", where=path, expected=" or ".join(RENDERERS))
         if path.is_dir():
             raise UsageError("--report names a directory", where=path)
 
