@@ -149,14 +149,14 @@ def site_record(site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] 
     if not layers:
         return record
     total = Moments.total(layers)
+    dtypes = tuple(dict.fromkeys((record.dtype, plan.serving_dtype.name)))
     return dataclasses.replace(
         record,
         relative_norm=total.relative_norm,
         max_abs=total.max_abs,
-        survival=tuple(map(total.survival, total.realised)),
+        survival=tuple(map(total.survival, dtypes)),
         layers=tuple(
-            LayerRecord(layer.relative_norm, layer.max_abs, tuple(map(layer.survival, layer.realised)))
-            for layer in layers
+            LayerRecord(layer.relative_norm, layer.max_abs, tuple(map(layer.survival, dtypes))) for layer in layers
         ),
     )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lora_merge_cli.errors import (
 
 _MARK = ".lora-merge-"
 _LOCK = ".lock"
+_OLD = "old"
 _RESERVE_BYTES = 16 * 2**20
 
 
@@ -79,86 +81,64 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         NotPermitted, ResourceError: The file system denies it.
     """
     target = target.absolute()
-    created = _make_parents(target.parent)
-    stage: Path | None = None
+    # Named before anything exists, so that an interrupt at any moment knows what to remove.
+    stage = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(4)}")
+    lock_file = _lock_of(stage)
+    missing = [folder for folder in target.parents if not folder.exists()]
+    complete = False
     try:
         with _filesystem(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
-            stage = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MARK}", dir=target.parent))
-            lock = Path(f"{stage}{_LOCK}").open("w")  # noqa: SIM115  (held until the directory is gone)
+            lock = lock_file.open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
             inner = stage / "out"
-            inner.mkdir()
+            inner.mkdir(parents=True)
+        with lock:
             yield inner
             with _filesystem(target):
                 _publish(inner, target, stage, overwrite=overwrite)
-        finally:
-            _remove(stage)
-            Path(lock.name).unlink(missing_ok=True)
-            lock.close()
-    except BaseException:
-        for folder in reversed(created):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+            complete = True
+    finally:
+        _clear(stage, target)
+        if not complete:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create `folder` and what it needs; return what was missing, outermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    created = []
-    with _filesystem(folder):
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            created.append(path)
-    return created
+def _lock_of(stage: Path) -> Path:
+    return Path(f"{stage}{_LOCK}")
 
 
 def _publish(inner: Path, target: Path, stage: Path, *, overwrite: bool) -> None:
-    inner.chmod(0o777 & ~_umask())
-    if not os.path.lexists(target):
-        inner.rename(target)
-        return
-    if not overwrite:
-        raise OutputExists("something appeared at the output meanwhile", where=target)
-    old = stage / "old"
-    target.rename(old)
-    try:
-        inner.rename(target)
-    except BaseException:
+    if os.path.lexists(target):
+        if not overwrite:
+            raise OutputExists("something appeared at the output meanwhile", where=target)
+        target.rename(stage / _OLD)
+    inner.rename(target)
+
+
+def _clear(stage: Path, target: Path) -> None:
+    """Remove a staging directory; an old output that nothing replaced goes back first."""
+    old = stage / _OLD
+    if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
-        raise
+    if old.is_symlink() or old.is_file():
+        old.unlink()
+    shutil.rmtree(stage, ignore_errors=True)
+    _lock_of(stage).unlink(missing_ok=True)
 
 
 def _remove_leftovers(target: Path) -> None:
-    for lock_file in target.parent.glob(f".{_escaped(target.name)}{_MARK}*{_LOCK}"):
-        stage = Path(str(lock_file).removesuffix(_LOCK))
+    """Clear the staging directories of dead runs: their locks went with them."""
+    for lock_file in target.parent.glob(f".{glob.escape(target.name)}{_MARK}*{_LOCK}"):
         with lock_file.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue
-            if (stage / "old").exists() and not os.path.lexists(target):
-                (stage / "old").rename(target)
-            _remove(stage)
-            lock_file.unlink(missing_ok=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            _clear(Path(str(lock_file).removesuffix(_LOCK)), target)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from lora_merge_cli import __version__
-from lora_merge_cli._cli.boundary import boundary
+from lora_merge_cli._cli.boundary import INTERRUPTED, boundary
 
 app = typer.Typer(
     name="lora-merge",
@@ -232,4 +234,13 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code in INTERRUPTED:
+            # Staging is removed by now. JAX may still compile in a thread of its own, which crashes an interpreter that is
+            # being taken down around it and turns the exit code into a signal's.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise

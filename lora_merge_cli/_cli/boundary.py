@@ -12,7 +12,9 @@ from types import FrameType
 
 from lora_merge_cli.errors import LoraMergeError, Terminated
 
-INTERRUPTED = 130
+_SIGINT_CODE = 130
+INTERRUPTED = (_SIGINT_CODE, Terminated.exit_code)
+"""The exit codes of a run that Ctrl-C or SIGTERM ended."""
 _OUT_OF_RESOURCES = 6
 
 
@@ -27,27 +29,41 @@ def boundary(*, verbose: bool) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, _on_sigterm) if in_main else None
     try:
         yield
-    except LoraMergeError as error:
-        _fail(str(error), error.exit_code, verbose)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing was written", INTERRUPTED, verbose)
-    except Terminated:
-        _fail("terminated: nothing was written", Terminated.exit_code, verbose)
-    except MemoryError:
-        _fail("out of memory: see peak memory in --dry-run", _OUT_OF_RESOURCES, verbose)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except BaseException as error:
+        known = _message_and_code(error)
+        if known is None:
+            raise
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {known[0]}", file=sys.stderr)
+        sys.exit(known[1])
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _fail(message: str, code: int, verbose: bool) -> None:
-    if verbose:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+def _message_and_code(error: BaseException) -> tuple[str, int] | None:
+    """What to print and return for an expected failure; None for a defect."""
+    # An extension module that is interrupted while it loads reports an ImportError instead.
+    for link in _chain(error):
+        if isinstance(link, KeyboardInterrupt):
+            return "interrupted: nothing was written", _SIGINT_CODE
+        if isinstance(link, Terminated):
+            return "terminated: nothing was written", Terminated.exit_code
+    if isinstance(error, LoraMergeError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory: see peak memory in --dry-run", _OUT_OF_RESOURCES
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:

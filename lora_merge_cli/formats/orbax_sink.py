@@ -19,6 +19,7 @@ import tensorstore as ts
 from lora_merge_cli.errors import DiskFull, LoraMergeError, NotPermitted, ResourceError
 from lora_merge_cli.formats.interface import LeafData, Stored
 from lora_merge_cli.formats.orbax_metadata import Entry, write_step, write_tree
+from lora_merge_cli.formats.waiting import finished
 from lora_merge_cli.records import Array, Constant, Region, TensorSpec
 
 _BYTES_IN_FLIGHT = 384 * 2**20
@@ -64,9 +65,7 @@ class OrbaxSink:
                 for size, start in self._writes(leaf):
                     with _storing(self._path):
                         while pending and in_flight + size > _BYTES_IN_FLIGHT:
-                            done, future = pending.popleft()
-                            future.result()
-                            in_flight -= done
+                            in_flight -= _wait_for_first(pending)
                         future = start()
                         future.force()
                         pending.append((size, future))
@@ -74,12 +73,12 @@ class OrbaxSink:
                     total += size
             with _storing(self._path):
                 while pending:
-                    pending.popleft()[1].result()
+                    _wait_for_first(pending)
         finally:
             # A write that still runs would bring back the directory that a failed run is about to remove.
             for _, future in pending:
                 with contextlib.suppress(Exception):
-                    future.result()
+                    finished(future)
         with _storing(self._path):
             write_tree(self._path, specs, constants, self._zarr_version)
             write_step(self._directory, self._item, self._started_ns)
@@ -90,12 +89,12 @@ class OrbaxSink:
         prefix = f"{Entry(leaf.spec.path, '', skipped=False).storage_name}/"
         if isinstance(leaf.data, Stored):
             with _storing(self._path):
-                store = ts.KvStore.open(self._kvstore(prefix), context=self._context).result()
+                store = finished(ts.KvStore.open(self._kvstore(prefix), context=self._context))
             for name, value in leaf.data.values:
                 yield len(value), functools.partial(store.write, name, value)
             return
         with _storing(self._path):
-            array = ts.open(
+            opening = ts.open(
                 {
                     "driver": "zarr3" if self._zarr_version == 3 else "zarr",
                     "kvstore": self._kvstore(prefix),
@@ -108,13 +107,22 @@ class OrbaxSink:
                 shape=leaf.spec.shape,
                 chunk_layout=ts.ChunkLayout(chunk_shape=leaf.block),
                 context=self._context,
-            ).result()
+            )
+            array = finished(opening)
         for region, values in leaf.data:
             yield values.nbytes, functools.partial(_write_region, array, region, values)
 
     def _kvstore(self, prefix: str) -> dict[str, Any]:
         files = {"driver": "file", "path": f"{self._path}/"}
         return {"driver": "ocdbt", "base": files, "config": _OCDBT, "path": prefix}
+
+
+def _wait_for_first(pending: deque[tuple[int, ts.Future[Any]]]) -> int:
+    """Wait for the oldest write and return its size. It stays listed until it is done, whatever interrupts the wait."""
+    size, future = pending[0]
+    finished(future)
+    pending.popleft()
+    return size
 
 
 def _write_region(array: ts.TensorStore, region: Region, values: Array) -> ts.Future[Any]:

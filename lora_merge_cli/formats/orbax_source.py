@@ -27,6 +27,7 @@ from lora_merge_cli.formats.orbax_metadata import (
     constant_of,
     read_tree,
 )
+from lora_merge_cli.formats.waiting import finished
 from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, display, first_names
 
 MANIFEST = "manifest.ocdbt"
@@ -72,7 +73,7 @@ class OrbaxSource:
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`."""
         try:
-            return np.asarray(self._array(path)[region].read().result())
+            return np.asarray(finished(self._array(path)[region].read()))
         except (ValueError, OSError) as error:
             raise self._corrupt(path, error) from error
 
@@ -123,7 +124,7 @@ class OrbaxSource:
         tensors = {}
         for path, future in opening.items():
             try:
-                array = future.result()
+                array = finished(future)
             except (ValueError, OSError) as error:
                 raise self._corrupt(path, error) from error
             self._arrays[path] = array
@@ -179,9 +180,9 @@ class OrbaxSource:
 
     def _names(self) -> frozenset[str]:
         if self._ocdbt:
-            listed = ts.KvStore.open(self._kvstore(""), context=self._context).result().list()
             try:
-                return frozenset(name.decode() for name in listed.result())
+                store = finished(ts.KvStore.open(self._kvstore(""), context=self._context))
+                return frozenset(name.decode() for name in finished(store.list()))
             except (ValueError, OSError) as error:
                 raise self._corrupt(None, error) from error
         return frozenset(
@@ -193,12 +194,12 @@ class OrbaxSource:
     def _stored_values(self, path: KeyPath) -> Iterator[tuple[str, bytes]]:
         self.index()
         prefix = f"{self._entries[path].storage_name}/"
-        store = ts.KvStore.open(self._kvstore(prefix), context=self._context).result()
+        store = finished(ts.KvStore.open(self._kvstore(prefix), context=self._context))
         pattern = _STORED_NAME[self.zarr_version]
         try:
-            names = sorted(name.decode() for name in store.list().result())
+            names = sorted(name.decode() for name in finished(store.list()))
             for name in filter(pattern.fullmatch, names):
-                value = store.read(name).result().value
+                value = finished(store.read(name)).value
                 if not value:
                     raise CorruptCheckpoint(
                         "a stored chunk is empty, so a data file is missing",

@@ -1,0 +1,200 @@
+"""The plan's invariants, a dry run against its run, and the reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_merge_cli.dialects import detect_dialect
+from lora_merge_cli.dialects.interface import ScaleOptions
+from lora_merge_cli.formats import open_checkpoint
+from lora_merge_cli.plan import MergeOptions, plan_merge
+from lora_merge_cli.records import full_region, glob_matches, grid, region_shape
+from tests.checkpoints import restore_flat, save_step
+from tests.command import run
+from tests.test_openpi_merge import ALPHAS
+from tests.trees import ACTION, PALIGEMMA, build, nest
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    return save_step(tmp_path / "in" / "5", nest(build(PALIGEMMA, ACTION).leaves))
+
+
+@pytest.mark.parametrize("exclude", [(), ("**/mlp/**",), ("**/attn/**", "**/mlp_1/linear/**")])
+def test_every_input_leaf_goes_exactly_one_way(exclude: tuple[str, ...], step: Path) -> None:
+    checkpoint = open_checkpoint(step)
+    index = checkpoint.source.index()
+    scales = ScaleOptions({"": 3.0})
+    plan = plan_merge(checkpoint, detect_dialect(index), MergeOptions(scales, exclude=exclude))
+    kept = [s.source.path for s in plan.steps]
+    ways = [*kept, *plan.factors, *(leaf.path for leaf in plan.dropped)]
+    assert sorted(ways) == sorted(index.tensors)
+    assert len({s.output.path for s in plan.steps}) == len(plan.steps)
+    for s in plan.steps:
+        assert (s.origin == "changed") == (s.site is not None)
+
+
+def test_blocks_are_whole_tiles_and_whole_chunks(tmp_path: Path) -> None:
+    step = save_step(tmp_path / "5", nest(build(PALIGEMMA, ACTION).leaves), chunk_bytes=300)
+    checkpoint = open_checkpoint(step)
+    index = checkpoint.source.index()
+    plan = plan_merge(checkpoint, detect_dialect(index), MergeOptions(ScaleOptions({"": 3.0})))
+    for s in plan.steps:
+        chunk = checkpoint.source.chunk(s.source.path)
+        for block, unit, n in zip(s.read_block, chunk, s.source.shape, strict=True):
+            assert block == n or block % unit == 0
+        for outer, inner, n in zip(s.read_block, s.write_block, s.source.shape, strict=True):
+            assert outer % inner == 0 or outer == n
+        if s.site is not None:
+            for outer, inner, n in zip(s.write_block, s.tile, s.source.shape, strict=True):
+                assert outer % inner == 0 or outer == n
+
+
+def test_chunking_of_the_input_changes_no_bit(tmp_path: Path) -> None:
+    outputs = []
+    for number, chunk in enumerate((None, 100, 1000)):
+        step = save_step(tmp_path / f"in{number}" / "5", nest(build(PALIGEMMA, ACTION).leaves), chunk_bytes=chunk)
+        assert run("merge", step, "-o", tmp_path / f"out{number}", "--lora-alpha", ALPHAS).code == 0
+        outputs.append(restore_flat(tmp_path / f"out{number}" / "params"))
+    for path, values in outputs[0].items():
+        assert all(values.tobytes() == other[path].tobytes() for other in outputs[1:]), path
+
+
+def test_a_dry_run_says_what_the_run_does_and_writes_nothing(step: Path, tmp_path: Path) -> None:
+    flags = ["--lora-alpha", ALPHAS, "--json"]
+    planned = run("merge", step, "--dry-run", *flags).json
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    done = run("merge", step, "-o", tmp_path / "out", *flags).json
+    assert (planned["status"], done["status"]) == ("planned", "merged")
+    for key in ("sources", "copied", "dropped", "notes", "warnings", "output_bytes", "model", "dialect"):
+        assert planned[key] == done[key], key
+    measured = {"relative_norm", "max_abs", "survival", "layers"}
+    for before, after in zip(planned["sites"], done["sites"], strict=True):
+        assert {k: v for k, v in before.items() if k not in measured} == {
+            k: v for k, v in after.items() if k not in measured
+        }
+    assert done["output_bytes"] == sum(v.nbytes for v in restore_flat(tmp_path / "out/params").values())
+    assert done["peak_rss_bytes"] < 2 * done["peak_bytes_planned"]
+
+
+def test_dry_run_text_shows_scales_their_sources_and_costs(step: Path) -> None:
+    text = run("merge", step, "--dry-run", "--lora-alpha", ALPHAS).stdout
+    for words in ("nothing written", "alpha 12 / rank", "lnhr,lmrd->lnhd", "peak memory", "to write", "20 dropped"):
+        assert words in text, words
+
+
+def test_the_json_report(step: Path, tmp_path: Path) -> None:
+    report = tmp_path / "deep" / "report.json"
+    outcome = run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "--report", report, "--json")
+    document = json.loads(report.read_text())
+    assert document == outcome.json == json.loads((tmp_path / "out" / "lora_merge.json").read_text())
+    assert document["schema_version"] == 1
+    assert document["sources"][0]["fingerprint"].startswith("sha256:")
+    assert document["adapter_digest"].startswith("sha256:")
+    assert {"lora-merge", "jax", "numpy", "tensorstore"} <= document["versions"].keys()
+    assert document["device"] and document["seconds"] > 0 and document["peak_rss_bytes"] > 0
+    assert len(document["sites"]) == 10 and len(document["dropped"]) == 20
+    tree = build(PALIGEMMA, ACTION)
+    for site in document["sites"]:
+        path = tuple(site["target"].split("/")[1:-1])
+        kernel = tree.leaves[path].astype(np.float64)
+        delta = tree.expected[path] - kernel
+        assert site["relative_norm"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(kernel), rel=1e-5)
+        assert site["max_abs"] == pytest.approx(np.abs(delta).max(), rel=1e-5)
+        assert [s["dtype"] for s in site["survival"]] == ["float32", "bfloat16"]
+        assert site["survival"][0]["gain"] == pytest.approx(1.0, abs=1e-5)
+        assert len(site["layers"]) == 3 and site["non_finite"] == 0
+    assert any("gemma_2b" in note for note in document["notes"])
+
+
+def test_the_markdown_report(step: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.md"
+    run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "--report", report)
+    text = report.read_text()
+    assert text.startswith("# pi0: 10 adapters merged")
+    rows = [line for line in text.splitlines() if line.startswith("| `params/")]
+    assert len(rows) == 10
+    header = next(line for line in text.splitlines() if line.startswith("| target"))
+    unescaped = [line.replace("\\|", "") for line in (header, *rows)]
+    assert len({line.count("|") for line in unescaped}) == 1
+    assert "serve the merged checkpoint with" in text and "sha256:" in text
+
+
+def test_lost_deltas_warn_and_say_what_to_do(tmp_path: Path) -> None:
+    step = save_step(tmp_path / "in" / "5", nest(build(PALIGEMMA, ACTION, delta=0.004).leaves))
+    kept = run("merge", step, "-o", tmp_path / "a", "--lora-alpha", ALPHAS, "--dtype", "keep", "--json").json
+    assert any("stored as bfloat16" in w and "--dtype float32" in w for w in kept["warnings"])
+    wide = run("merge", step, "-o", tmp_path / "b", "--lora-alpha", ALPHAS, "--json").json
+    assert any("served as bfloat16" in w for w in wide["warnings"])
+    assert not any("stored as" in w for w in wide["warnings"])
+
+
+def test_provenance_chains_when_a_merged_checkpoint_is_merged_again(step: Path, tmp_path: Path) -> None:
+    assert run("merge", step, "-o", tmp_path / "first", "--lora-alpha", ALPHAS).code == 0
+    leaves: dict[Any, Any] = restore_flat(tmp_path / "first" / "params")
+    second = build(PALIGEMMA, ACTION, seed=8)
+    for path, values in second.leaves.items():
+        if any("lora" in str(part) for part in path):
+            leaves[path] = values
+    again = save_step(tmp_path / "again" / "6", nest(leaves))
+    (again / "lora_merge.json").write_text((tmp_path / "first" / "lora_merge.json").read_text())
+    document = run("merge", again, "-o", tmp_path / "second", "--lora-alpha", ALPHAS, "--json").json
+    assert len(document["parents"]) == 1
+    assert document["parents"][0]["sources"][0]["path"] == str(step / "params")
+    assert document["adapter_digest"] != document["parents"][0]["adapter_digest"]
+
+
+def test_quiet_prints_nothing(step: Path, tmp_path: Path) -> None:
+    outcome = run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "-q")
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (0, "", "")
+
+
+def test_rslora_stands_alone_or_names_experts(step: Path) -> None:
+    def scales(*flags: str) -> dict[str, float]:
+        sites = run("merge", *flags[:1], step, *flags[1:], "--dry-run", "--json", "--lora-alpha", ALPHAS).json["sites"]
+        return {site["group"]: site["scale"] for site in sites if site["module"] == "q_einsum"}
+
+    plain = {"paligemma": 12 / 4, "action_expert": 3 / 2}
+    root = {"paligemma": 12 / 2, "action_expert": pytest.approx(3 / 2**0.5)}
+    assert scales("--rslora") == root
+    assert scales("-q", "--rslora") == root
+    assert scales("-q", "--rslora", "paligemma") == plain | {"paligemma": 6.0}
+    assert scales("-q", "--rslora=action_expert,paligemma") == root
+    assert scales("-q") == plain
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), max_size=4),
+    block=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+)
+def test_a_grid_covers_each_entry_once(shape: list[int], block: list[int]) -> None:
+    seen = np.zeros(shape, int)
+    for region in grid(full_region(shape), block[: len(shape)]):
+        seen[region] += 1
+        assert all(n <= b for n, b in zip(region_shape(region), block, strict=False))
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("**/attn/**", True),
+        ("params.PaliGemma.llm.layers.attn.q_einsum.w", True),
+        ("params/*/llm/**/w", True),
+        ("**", True),
+        ("attn", False),
+        ("params/*", False),
+        ("**/Attn/**", False),
+        ("**/{mlp,attn}/**", True),
+    ],
+)
+def test_globs(pattern: str, matches: bool) -> None:
+    path = ("params", "PaliGemma", "llm", "layers", "attn", "q_einsum", "w")
+    assert glob_matches(path, pattern) is matches

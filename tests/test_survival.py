@@ -1,0 +1,246 @@
+"""Delta survival and the fused numbers, against plain float64 NumPy."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_merge_cli.dtypes import dtype_named
+from lora_merge_cli.equation import Equation
+from lora_merge_cli.inspection import delta_singular_values
+from lora_merge_cli.operations.add_delta import AddDelta, input_basis
+from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, full_region, grid
+from lora_merge_cli.survival import Moments, Survival
+
+EQUATIONS = {
+    "ir,ro->io": {"i": 12, "r": 3, "o": 10},
+    "ri,or->oi": {"i": 12, "r": 3, "o": 10},
+    "lndr,lnrh->lndh": {"l": 2, "n": 3, "d": 9, "r": 2, "h": 5},
+    "lnhr,lmrd->lnhd": {"l": 2, "n": 3, "m": 3, "h": 4, "r": 2, "d": 7},
+    "lgdr,lgrf->lgdf": {"l": 3, "g": 2, "d": 6, "r": 8, "f": 5},
+}
+SERVING = np.dtype(ml_dtypes.bfloat16)
+
+
+def site_for(equation: str, rank: int, scale: float) -> AdapterSite:
+    return AdapterSite(
+        targets=(("w",),),
+        operation="add_delta",
+        factors={"lora_a": ("a",), "lora_b": ("b",)},
+        parameters=LowRank(rank, Scale(scale, "test"), Equation(equation)),
+        forward=Forward("", "", ""),
+        group="",
+        module="",
+    )
+
+
+def make(equation: str, seed: int, std: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    parsed, sizes = Equation(equation), EQUATIONS[equation]
+    shapes = [tuple(sizes[dim] for dim in dims) for dims in (parsed.a, parsed.b, parsed.target)]
+    a, b, w = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return a * np.float32(std), b * np.float32(std), (w * 0.02).astype(SERVING)
+
+
+def compute(
+    equation: str,
+    a: np.ndarray,
+    b: np.ndarray,
+    w: np.ndarray,
+    dtype: str,
+    scale: float = 1.7,
+    order: Any = None,
+    base: np.ndarray | None = None,
+) -> tuple[np.ndarray, tuple[Moments, ...]]:
+    site = site_for(equation, EQUATIONS[equation]["r"], scale)
+    update = AddDelta().init(
+        site,
+        "w",
+        w.shape,
+        {"lora_a": a, "lora_b": b},
+        dtype_named(dtype),
+        SERVING,
+        1.0,
+        jax.devices()[0],
+    )
+    result = np.empty(w.shape, dtype_named(dtype))
+    tiles = list(grid(full_region(w.shape), small_tile(site, w.shape)))
+    if order is not None:
+        order.shuffle(tiles)
+    for tile in tiles:
+        part = None if base is None else base[tile]
+        result[tile] = update.step(tile, w[tile], part).result()
+    return result, update.finish()
+
+
+def small_tile(site: AdapterSite, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tile that splits inputs and outputs too."""
+    batch = site.parameters.equation.batch
+    dims = site.parameters.equation.target
+    return tuple(1 if dim in batch else max(1, n // 2) for dim, n in zip(dims, shape, strict=True))
+
+
+def naive(
+    equation: str, a: np.ndarray, b: np.ndarray, w: np.ndarray, result: np.ndarray, scale: float, dtype: str
+) -> dict[str, float]:
+    """The figures as survival.py defines them, one matrix at a time, in float64."""
+    parsed = Equation(equation)
+    d = scale * np.einsum(equation, a.astype(np.float64), b.astype(np.float64))
+    cast = dtype_named(dtype)
+    q = result.astype(cast).astype(np.float64) - w.astype(cast).astype(np.float64)
+    order = [parsed.target.index(dim) for dim in parsed.batch + parsed.inputs + parsed.outputs]
+    a_order = [parsed.a.index(dim) for dim in parsed.batch + parsed.inputs + parsed.rank]
+    lead = [EQUATIONS[equation][dim] for dim in parsed.batch]
+    inputs = int(np.prod([EQUATIONS[equation][dim] for dim in parsed.inputs]))
+
+    def matrices(x: np.ndarray, axes: list[int]) -> np.ndarray:
+        return np.transpose(x, axes).reshape(int(np.prod(lead)), inputs, -1)
+
+    uq, ud = [], []
+    for mq, md, ma in zip(matrices(q, order), matrices(d, order), matrices(a.astype(np.float64), a_order), strict=True):
+        u, s, _ = np.linalg.svd(ma, full_matrices=False)
+        u = u[:, s > s[0] * 1e-5]
+        uq.append((u.T @ mq).ravel())
+        ud.append((u.T @ md).ravel())
+    q_in, d_in = np.concatenate(uq), np.concatenate(ud)
+    return {
+        "gain": float((q * d).sum() / (d * d).sum()),
+        "cosine": float((q * d).sum() / np.sqrt((q * q).sum() * (d * d).sum())),
+        "relative_error": float(np.sqrt(((q - d) ** 2).sum() / (d * d).sum())),
+        "unchanged": float((q == 0).mean()),
+        "gain_along_inputs": float((q_in * d_in).sum() / (d_in * d_in).sum()),
+        "error_along_inputs": float(np.sqrt(((q_in - d_in) ** 2).sum() / (d_in * d_in).sum())),
+    }
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "std"), [("float32", 0.05), ("bfloat16", 0.01), ("bfloat16", 0.05), ("float16", 0.05)]
+)
+def test_figures_are_the_defined_ones(equation: str, dtype: str, std: float) -> None:
+    a, b, w = make(equation, 3, std)
+    result, layers = compute(equation, a, b, w, dtype)
+    total = Moments.total(layers)
+    for name in {dtype, SERVING.name}:
+        expected = naive(equation, a, b, w, result, 1.7, name)
+        measured: Survival = total.survival(name)
+        for key, value in expected.items():
+            assert getattr(measured, key) == pytest.approx(value, rel=2e-4, abs=2e-6), (name, key)
+    d = 1.7 * np.einsum(equation, a.astype(np.float64), b.astype(np.float64))
+    norm = np.linalg.norm(w.astype(np.float64))
+    assert total.relative_norm == pytest.approx(np.linalg.norm(d) / norm, rel=1e-5)
+    assert total.max_abs == pytest.approx(np.abs(d).max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_order_of_tiles_changes_no_bit(equation: str) -> None:
+    a, b, w = make(equation, 4, 0.05)
+    first, layers = compute(equation, a, b, w, "bfloat16")
+    again, shuffled = compute(equation, a, b, w, "bfloat16", order=np.random.default_rng(1))
+    assert first.tobytes() == again.tobytes()
+    one, other = Moments.total(layers).survival("bfloat16"), Moments.total(shuffled).survival("bfloat16")
+    assert one.gain_along_inputs == pytest.approx(other.gain_along_inputs, rel=1e-9)
+
+
+def test_a_base_takes_the_kernels_place() -> None:
+    equation = "lndr,lnrh->lndh"
+    a, b, w = make(equation, 5, 0.05)
+    base = w.astype(np.float32) * np.float32(1.001)
+    result, _ = compute(equation, a, b, w, "float32", base=base)
+    ideal = base.astype(np.float64) + 1.7 * np.einsum(equation, a.astype(np.float64), b.astype(np.float64))
+    assert np.abs(result - ideal).max() <= 1e-6 * np.abs(ideal).max()
+
+
+def test_small_deltas_shrink_in_bfloat16_as_published() -> None:
+    """Kernel std 0.02: a delta of std 1e-5 keeps 0.29 of itself, 5e-5 0.88, 2e-4 all (docs/precision of the figures)."""
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((512, 512)) * 0.02).astype(SERVING)
+    for std, gain in ((1e-5, 0.293), (5e-5, 0.884), (2e-4, 1.0)):
+        a = rng.standard_normal((512, 16)).astype(np.float32) * np.float32(std / 4)
+        b = rng.standard_normal((16, 512)).astype(np.float32)
+        EQUATIONS["ir,ro->io"], kept = {"i": 512, "r": 16, "o": 512}, EQUATIONS["ir,ro->io"]
+        try:
+            _, layers = compute("ir,ro->io", a, b, w, "bfloat16", scale=1.0)
+        finally:
+            EQUATIONS["ir,ro->io"] = kept
+        assert Moments.total(layers).survival("bfloat16").gain_along_inputs == pytest.approx(gain, abs=0.02)
+
+
+@given(rows=st.integers(1, 12), rank=st.integers(1, 6), true_rank=st.integers(0, 6), seed=st.integers(0, 99))
+def test_basis_is_orthonormal_and_spans_the_factor(rows: int, rank: int, true_rank: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    true_rank = min(true_rank, rank, rows)
+    a = (rng.standard_normal((2, rows, true_rank)) @ rng.standard_normal((2, true_rank, rank))).astype(np.float32)
+    basis = input_basis(a, 1).astype(np.float64)
+    assert basis.shape == a.shape
+    for u, factor in zip(basis, a.astype(np.float64), strict=True):
+        gram = u.T @ u
+        assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-5
+        assert set(np.round(np.diag(gram), 4)) <= {0.0, 1.0}
+        assert round(np.trace(gram)) == true_rank
+        assert np.abs(u @ (u.T @ factor) - factor).max() <= 1e-4 * max(1.0, np.abs(factor).max())
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_singular_values_come_from_the_factors(equation: str) -> None:
+    a, b, _ = make(equation, 6, 0.3)
+    parsed = Equation(equation)
+    singular = delta_singular_values(parsed, a.astype(np.float64), b.astype(np.float64))
+    d = np.einsum(equation, a.astype(np.float64), b.astype(np.float64))
+    assert np.square(singular).sum() == pytest.approx(np.square(d).sum(), rel=1e-9)
+    sizes = EQUATIONS[equation]
+    axes = [parsed.target.index(dim) for dim in parsed.batch + parsed.inputs + parsed.outputs]
+    inputs = int(np.prod([sizes[dim] for dim in parsed.inputs]))
+    matrices = np.transpose(d, axes).reshape(len(singular), inputs, -1)
+    for values, matrix in zip(singular, matrices, strict=True):
+        full = np.linalg.svd(matrix, compute_uv=False)
+        count = min(len(full), len(values))
+        assert values[:count] == pytest.approx(full[:count], abs=1e-9 * full[0])
+
+
+def test_unfinished_updates_are_noticed() -> None:
+    a, b, w = make("ir,ro->io", 0, 0.1)
+    site = site_for("ir,ro->io", 3, 1.0)
+    update = AddDelta().init(
+        site, "w", w.shape, {"lora_a": a, "lora_b": b}, np.dtype(np.float32), SERVING, 1.0, jax.devices()[0]
+    )
+    half = (slice(0, 6), slice(0, 10))
+    update.step(half, w[half], None).result()
+    with pytest.raises(RuntimeError, match="not every tile"):
+        update.finish()
+
+
+@given(st.lists(st.integers(1, 5000), min_size=2, max_size=5))
+def test_tiles_depend_on_the_shape_alone_and_stay_small(shape: list[int]) -> None:
+    dims = "lnhd"[-len(shape) :] if len(shape) < 5 else "lcndh"
+    equation = f"{dims[:-1]}r,{dims[0]}r{dims[-1]}->{dims}" if len(shape) > 2 else "nr,rd->nd"
+    site = site_for(equation, 4, 1.0)
+    tile = AddDelta().tile(site, shape)
+    assert all(1 <= part <= max(n, 1) for part, n in zip(tile, shape, strict=True))
+    assert int(np.prod(tile)) <= 2**20
+    for dim, part in zip(site.parameters.equation.target, tile, strict=True):
+        assert part == 1 or dim not in site.parameters.equation.batch
+
+
+def test_no_two_sites_of_a_real_model_need_more_than_a_few_compilations() -> None:
+    shapes = {
+        "lndr,lnrh->lndh": (18, 8, 2048, 256),
+        "lckdr,lckrh->lckdh": (18, 2, 1, 2048, 256),
+        "lnhr,lmrd->lnhd": (18, 8, 256, 2048),
+        "lgdr,lgrf->lgdf": (18, 2, 2048, 16384),
+        "lfr,lrd->lfd": (18, 16384, 2048),
+    }
+    matrices = set()
+    for equation, shape in shapes.items():
+        site = site_for(equation, 16, 1.0)
+        tile = AddDelta().tile(site, shape)
+        matrices.add(tuple(itertools.accumulate(t for t in tile if t > 1))[-1:] + tile[-1:])
+        assert all(n % part == 0 for n, part in zip(shape, tile, strict=True)), (equation, tile)
+    assert len(matrices) <= 2
