@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -98,7 +99,14 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the merged checkpoint")
     options = parser.parse_args()
     source = DATA / ("pi0_lora_layers" if options.layer_chunks else "pi0_lora") / "29999"
-    make_checkpoint(source, layer_chunks=options.layer_chunks)
+    # In a process of its own: a child's peak memory starts at what its parent holds.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_checkpoint, args=(source,), kwargs={"layer_chunks": options.layer_chunks}
+    )
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit("the checkpoint could not be made")
     merged, copy = DATA / "merged", DATA / "copy"
     rows: dict[str, list[tuple[float, float, float, float]]] = {"inspect": [], "merge": [], "cp -r": []}
     for _ in range(options.runs):

@@ -127,7 +127,8 @@ def _clear(stage: Path, target: Path) -> None:
     if old.is_symlink() or old.is_file():
         old.unlink()
     shutil.rmtree(stage, ignore_errors=True)
-    _lock_of(stage).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _lock_of(stage).unlink(missing_ok=True)
 
 
 def _remove_leftovers(target: Path) -> None:
