@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_merge_cli.reports.words import byte_size, figure, quantity, short_scale, survival_for
+from lora_merge_cli.reports.words import byte_size, figure, quantity, survival_for
 
 if TYPE_CHECKING:
     from lora_merge_cli.execute import Listener
@@ -106,13 +106,13 @@ def print_report(report: MergeReport) -> None:
     """A finished merge for people."""
     console = _console()
     console.print(f"[bold green]merged[/bold green] {len(report.sites)} adapters of {report.model}")
-    table = _table("site", ">rank", ">scale", ">|d|/|w|", ">max|d|", ">gain", f">{report.serving_dtype}")
+    table = _table("site", ">rank", ">scale", ">|d|/|w|", ">max|d|", ">stored", ">served")
     for site in report.sites:
         stored, served = (survival_for(site, d) for d in (site.dtype, report.serving_dtype))
         table.add_row(
             escape(_short(site.target)),
             str(site.rank),
-            short_scale(site),
+            _starred(site),
             figure(site.relative_norm),
             figure(site.max_abs),
             *(figure(s.gain_along_inputs if s else None) for s in (stored, served)),
@@ -120,8 +120,8 @@ def print_report(report: MergeReport) -> None:
     console.print(table)
     stored_as = ", ".join(sorted({site.dtype for site in report.sites}))
     console.print(
-        f"[dim]gain: how much of each delta an input that the adapter reacts to sees, stored as {stored_as} "
-        f"and served as {report.serving_dtype}; 1 is all[/dim]"
+        f"[dim]stored, served: the share of each delta that an input which the adapter reacts to sees in "
+        f"{stored_as} and in {report.serving_dtype}; 1 is all[/dim]"
     )
     _print_changes(console, report)
     _print_lines(console, "warning", report.warnings, "bold yellow")
@@ -148,6 +148,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _starred(site: SiteRow | SiteRecord) -> str:
+    """A site's scale; starred where nobody stated it."""
+    if site.scale is None:
+        return "unknown"
+    return f"{site.scale:.4g}{'*' if site.scale_assumed else ''}"
+
+
 def _short(target: str) -> str:
     """A site's name without what all names share."""
     for noise in ("params/", "PaliGemma/llm/layers/"):
@@ -167,7 +174,7 @@ def _print_sites(console: Console, sites: Sequence[SiteRow]) -> None:
             str(site.rank),
             str(site.layers or "-"),
             site.equation,
-            "unknown" if site.scale is None else f"{site.scale:.4g}{'*' if site.scale_assumed else ''}",
+            _starred(site),
         ]
         if site.stats is not None:
             stats = site.stats
@@ -177,8 +184,7 @@ def _print_sites(console: Console, sites: Sequence[SiteRow]) -> None:
     console.print(table)
     sources = dict.fromkeys((site.group, site.scale_source) for site in sites)
     for group, source in sources:
-        star = "* " if "assumed" in source else ""
-        console.print(f"[dim]{star}{group}: {escape(source)}[/dim]")
+        console.print(f"[dim]{group}: {escape(source)}[/dim]")
     console.print()
 
 
@@ -218,7 +224,7 @@ def _print_report_sites(console: Console, sites: Sequence[SiteRecord]) -> None:
     table = _table("site", ">rank", "equation", ">scale", "stored as")
     for site in sites:
         stored = site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} > {site.dtype}"
-        table.add_row(escape(_short(site.target)), str(site.rank), site.equation, short_scale(site), stored)
+        table.add_row(escape(_short(site.target)), str(site.rank), site.equation, _starred(site), stored)
     console.print(table)
     for group, source in dict.fromkeys((site.group, site.scale_source) for site in sites):
         console.print(f"[dim]{group}: {escape(source)}[/dim]")
