@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NORM_STATS = "norm_stats.json"
+
+_ALL_SERIES = ("mean", "std", "q01", "q99")
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,32 @@ class AssetCheck:
     """What would go wrong when serving."""
 
 
-def check_assets(assets: Path | None) -> AssetCheck:
-    """Look at an ``assets`` folder: are normalisation statistics present, finite, and is q01 below q99 everywhere?"""
+def check_assets(assets: Path | None, *, quantiles: bool = False) -> AssetCheck:
+    """Look at an ``assets`` folder: are normalisation statistics present, finite, and is q01 below q99 everywhere?
+
+    Args:
+        assets: The folder; None if there is none.
+        quantiles: Whether the model's servers need q01 and q99.
+    """
     if assets is None:
         return AssetCheck((), (), ("no assets folder: a server needs its normalisation statistics",))
-    files = tuple(sorted(f.relative_to(assets).as_posix() for f in assets.rglob("*") if f.is_file()))
+    files = tuple(
+        sorted(
+            Path(folder, name).relative_to(assets).as_posix()
+            for folder, _, names in os.walk(assets, followlinks=True)
+            for name in names
+        )
+    )
     found = [name for name in files if Path(name).name == NORM_STATS]
     problems = [] if found else [f"no {NORM_STATS} below {assets}: a server needs it"]
+    problems += [f"{assets / name}: a link that leads nowhere" for name in files if not (assets / name).exists()]
     for name in found:
-        problems += [f"{assets / name}: {problem}" for problem in _norm_stats_problems(assets / name)]
+        problems += [f"{assets / name}: {problem}" for problem in _norm_stats_problems(assets / name, quantiles)]
     ids = tuple(Path(name).parent.as_posix() for name in found)
     return AssetCheck(files, ids, tuple(problems))
 
 
-def _norm_stats_problems(file: Path) -> Iterator[str]:
+def _norm_stats_problems(file: Path, quantiles: bool) -> Iterator[str]:
     try:
         stats = json.loads(file.read_text())["norm_stats"]
         entries = list(stats.items())
@@ -47,35 +62,42 @@ def _norm_stats_problems(file: Path) -> Iterator[str]:
     if not entries:
         yield "empty"
     for name, entry in entries:
-        if not isinstance(entry, dict):
+        if isinstance(entry, dict):
+            yield from _entry_problems(name, entry, quantiles)
+        else:
             yield f"{name} is no object"
-            continue
-        yield from _entry_problems(name, entry)
 
 
-def _entry_problems(name: str, entry: dict[str, Any]) -> Iterator[str]:
-    for key in ("mean", "std"):
-        if entry.get(key) is None:
-            yield f"{name}.{key} is missing"
-    series = {key: _numbers(entry.get(key)) for key in ("mean", "std", "q01", "q99")}
+def _entry_problems(name: str, entry: dict[str, Any], quantiles: bool) -> Iterator[str]:
+    needed = _ALL_SERIES if quantiles else _ALL_SERIES[:2]
+    series = {key: _numbers(entry[key]) for key in _ALL_SERIES if entry.get(key) is not None}
+    yield from (f"{name}.{key} is missing" for key in needed if key not in series)
     for key, values in series.items():
-        if values is not None and not all(map(math.isfinite, values)):
+        if not values:
+            yield f"{name}.{key} is empty"
+        elif not all(map(math.isfinite, values)):
             yield f"{name}.{key} is not finite, or no list of numbers"
-    std, low, high = series["std"], series["q01"], series["q99"]
-    if std is not None and any(value < 0 for value in std):
+    if len({len(values) for values in series.values()}) > 1:
+        yield f"{', '.join(f'{name}.{key}' for key in series)} differ in length"
+    if any(value < 0 for value in series.get("std", ())):
         yield f"{name}.std is negative"
-    if low is not None and high is not None:
-        if len(low) != len(high):
-            yield f"{name}.q01 and {name}.q99 differ in length"
-        elif any(a >= b for a, b in zip(low, high, strict=True)):
-            bad = sum(a >= b for a, b in zip(low, high, strict=True))
-            yield f"{name}.q01 is not below {name}.q99 in {bad} of {len(low)} entries"
+    pairs = list(zip(series.get("q01", ()), series.get("q99", ()), strict=False))
+    bad = sum(low >= high for low, high in pairs)
+    if bad:
+        yield f"{name}.q01 is not below {name}.q99 in {bad} of {len(pairs)} entries"
 
 
-def _numbers(values: Any) -> list[float] | None:
-    """The values, with NaN for anything that is no number; None where there are none."""
-    if values is None:
-        return None
+def _numbers(values: Any) -> list[float]:
+    """The values, with NaN for anything that is no number."""
     if not isinstance(values, list):
         return [math.nan]
-    return [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

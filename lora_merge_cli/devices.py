@@ -15,11 +15,15 @@ def find_device(name: str | None) -> Any:
     """
     import jax
 
+    try:
+        default = jax.devices()
+    except RuntimeError as error:
+        raise UsageError("JAX finds no device", found=error, hint="see JAX_PLATFORMS") from error
     if name is None:
-        return jax.devices()[0]
+        return default[0]
     platform, _, index = name.partition(":")
     try:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, ValueError, IndexError) as error:
-        available = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        available = ", ".join(f"{device.platform}:{device.id}" for device in default)
         raise UsageError("--device names no device here", expected=available, found=name) from error

@@ -21,7 +21,6 @@ from lora_merge_cli.records import (
     KeyPath,
     Region,
     TensorSpec,
-    display,
     first_names,
     full_region,
     grid,
@@ -89,8 +88,8 @@ class Execution:
         """Per site and layer, once its kernel is done."""
         self.not_finite: dict[str, int] = {}
         """Non-finite entries per untouched leaf that had to be decoded anyway."""
-        self.adapter_digest = ""
-        """A digest of all factors' names, shapes, dtypes and values."""
+        self.adapter_digests: dict[str, str] = {}
+        """Per site, a digest of its factors' names, shapes, dtypes and values."""
 
     def check_factors(self) -> None:
         """Read every factor once, before anything is written.
@@ -99,12 +98,12 @@ class Execution:
             NonFiniteInput: A factor holds NaN or Inf.
             NothingToMerge: Every delta is zero, since one factor of each pair is.
         """
-        digest = hashlib.sha256()
         zero: set[KeyPath] = set()
-        for path, spec in sorted(self._plan.factors.items(), key=lambda item: display(item[0])):
+        digests = {path: hashlib.sha256() for path in self._plan.factors}
+        for path, spec in self._plan.factors.items():
             values = self._read_whole(spec)
-            digest.update(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
-            digest.update(np.ascontiguousarray(values).tobytes())
+            digests[path].update(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
+            digests[path].update(np.ascontiguousarray(values).tobytes())
             bad = int(np.sum(~np.isfinite(values.astype(np.float32))))
             if bad:
                 raise NonFiniteInput(
@@ -115,8 +114,10 @@ class Execution:
                 )
             if not values.any():
                 zero.add(path)
-        self.adapter_digest = f"sha256:{digest.hexdigest()}"
         sites = self._plan.sites
+        for site in sites:
+            joined = "".join(digests[path].hexdigest() for path in site.factors.values())
+            self.adapter_digests[site.name] = f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
         if self._plan.multiplier == 0 or all(zero & {*site.factors.values()} for site in sites):
             why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
             raise NothingToMerge(
@@ -141,7 +142,7 @@ class Execution:
                 self._frozen += 1
             yield self._leaf(step)
         self._check_base()
-        if all(Moments.total(layers).delta_sq == 0 for layers in self.moments.values()):
+        if len(delta_is_zero(self.moments)) == len(self.moments):
             raise NothingToMerge("every delta is zero", where=self._source.path)
 
     def _leaf(self, step: Step) -> LeafData:
@@ -256,7 +257,7 @@ def _computed(update: Update, step: Step, part: Region, values: Array, base: Arr
     pending: deque[tuple[Region, Pending]] = deque()
     for tile in grid(part, step.tile):
         inside = relative(tile, part)
-        kernel = np.ascontiguousarray(values[inside])
+        kernel = _at_most_float32(np.ascontiguousarray(values[inside]))
         added_to = None if base is None else np.ascontiguousarray(base[inside])
         pending.append((inside, update.step(tile, kernel, added_to)))
         if len(pending) >= _TILES_IN_FLIGHT:
@@ -265,6 +266,10 @@ def _computed(update: Update, step: Step, part: Region, values: Array, base: Arr
     for done, waiting in pending:
         result[done] = waiting.result()
     return result
+
+
+def _at_most_float32(values: Array) -> Array:
+    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 def _same(values: Array, base: Array | None) -> bool:
@@ -300,4 +305,4 @@ def _nbytes(region: Region, spec: TensorSpec) -> int:
 
 def delta_is_zero(moments: Mapping[str, tuple[Moments, ...]]) -> list[str]:
     """The sites whose delta is exactly zero."""
-    return [name for name, layers in moments.items() if Moments.total(layers).delta_sq == 0]
+    return [name for name, layers in moments.items() if Moments.total(layers).max_abs == 0]

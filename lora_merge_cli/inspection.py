@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.assets import AssetCheck, check_assets
-from lora_merge_cli.dialects import Dialect, ScaleOptions, detect_dialect
+from lora_merge_cli.dialects import Dialect, ScaleOptions, detect_dialect, looks_like_adapter
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.formats import open_checkpoint
@@ -29,6 +30,7 @@ from lora_merge_cli.records import (
     grid,
 )
 from lora_merge_cli.report import SCHEMA_VERSION
+from lora_merge_cli.survival import finite
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -98,7 +100,8 @@ class BaseRow:
 
     path: str
     status: str
-    """``frozen`` (equals the base, rounded to its dtype), ``moved``, ``new``, ``reshaped`` or ``missing`` (in the base only)."""
+    """``frozen`` (equals the base, rounded to its dtype), ``moved``, ``adapter``, ``new``, ``reshaped`` or ``missing``
+    (in the base only)."""
     relative_change: float | None
     """``|leaf - base| / |base|``, Frobenius, for moved leaves."""
 
@@ -180,8 +183,8 @@ def inspect(request: InspectRequest) -> Inspection:
         groups=_group_rows(dialect, index, groups),
         problems=tuple(problems),
         notes=tuple(notes),
-        assets=check_assets(checkpoint.assets),
-        advice=_advice(request, checkpoint, bool(survey.sites), unscaled, summary.advice),
+        assets=check_assets(checkpoint.assets, quantiles=summary.needs_quantiles),
+        advice=_advice(request, checkpoint, bool(survey.sites), bool(survey.problems), unscaled, summary.advice),
         base=() if base is None else _compare(dialect, checkpoint, base),
     )
 
@@ -190,13 +193,17 @@ def _advice(
     request: InspectRequest,
     checkpoint: Checkpoint,
     has_sites: bool,
+    refused: bool,
     unscaled: list[AdapterSite],
     serving: tuple[str, ...],
 ) -> tuple[str, ...]:
+    if refused:
+        return ("a merge would be refused, see above",)
     if not has_sites:
         merged = "it was merged before" if checkpoint.provenance else "nothing to merge"
         return (f"no adapters: {merged}; serve it as it is",)
-    command = f"lora-merge merge {request.checkpoint} -o merged/{checkpoint.directory.name}"
+    output = Path("merged") / checkpoint.directory.name
+    command = shlex.join(["lora-merge", "merge", str(request.checkpoint), "-o", str(output)])
     if request.step is not None:
         command += f" --step {request.step}"
     if unscaled:
@@ -209,7 +216,7 @@ def _advice(
         named = sorted(filter(None, request.scales.rslora))
         command += f" --rslora {','.join(named)}".rstrip()
     if request.base is not None:
-        command += f" --base {request.base}"
+        command += f" --base {shlex.quote(str(request.base))}"
     return (command, *serving)
 
 
@@ -343,7 +350,7 @@ def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tupl
     for path, spec in index.tensors.items():
         partner = other.pop(dialect.canonical(path), None)
         if partner is None:
-            rows.append(BaseRow(spec.name, "new", None))
+            rows.append(BaseRow(spec.name, "adapter" if looks_like_adapter(path) else "new", None))
         elif partner.shape != spec.shape:
             rows.append(BaseRow(spec.name, "reshaped", None))
         else:
@@ -366,4 +373,5 @@ def _compare_leaf(checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, pa
             base_sq += float(np.square(reference.astype(np.float32), dtype=np.float64).sum())
     if equal:
         return BaseRow(spec.name, "frozen", None)
-    return BaseRow(spec.name, "moved", math.sqrt(change_sq / base_sq) if base_sq > 0 else None)
+    change = math.sqrt(change_sq / base_sq) if base_sq > 0 else math.nan
+    return BaseRow(spec.name, "moved", finite(change))

@@ -10,17 +10,19 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli import __version__
+from lora_merge_cli.assets import check_assets
 from lora_merge_cli.dialects import detect_dialect
-from lora_merge_cli.errors import UsageError
+from lora_merge_cli.errors import AlreadyMerged, UsageError
 from lora_merge_cli.formats import format_named, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.plan import MergeOptions, MergePlan, plan_merge
+from lora_merge_cli.records import first_names
 from lora_merge_cli.report import (
     MergeReport,
     SourceRecord,
@@ -29,7 +31,7 @@ from lora_merge_cli.report import (
     dropped_records,
     site_record,
 )
-from lora_merge_cli.staging import check_space, check_target, staged
+from lora_merge_cli.staging import anchored, check_space, check_target, filesystem, staged
 from lora_merge_cli.survival import Moments
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ class Prepared:
     checkpoint: Checkpoint
     base: Checkpoint | None
     plan: MergePlan
+    inputs: tuple[Path, ...]
+    """The directories that must not be written to."""
 
     def report(self) -> MergeReport:
         """What would be done."""
@@ -88,7 +92,7 @@ class Prepared:
             model=plan.model.name,
             dialect=plan.dialect,
             sources=tuple(sources),
-            output=None if output is None else str(output.absolute()),
+            output=None if output is None else str(output),
             multiplier=plan.multiplier,
             serving_dtype=plan.serving_dtype.name,
             sites=tuple(site_record(site, plan) for site in plan.sites),
@@ -112,12 +116,19 @@ def prepare(request: MergeRequest) -> Prepared:
     """
     checkpoint = open_checkpoint(request.checkpoint, request.step)
     base = None if request.base is None else open_checkpoint(request.base)
+    inputs = tuple(
+        path
+        for opened in (checkpoint, base)
+        if opened is not None
+        for path in (opened.given, opened.directory, opened.source.path)
+    )
     if request.output is not None:
-        inputs = [opened.directory for opened in (checkpoint, base) if opened is not None]
-        check_target(request.output, [*inputs, request.checkpoint], overwrite=request.overwrite)
+        output = anchored(request.output)
+        check_target(output, inputs, overwrite=request.overwrite)
+        request = dataclasses.replace(request, output=output)
     dialect = detect_dialect(checkpoint.source.index())
     plan = plan_merge(checkpoint, dialect, request.options, base)
-    return Prepared(request, checkpoint, base, plan)
+    return Prepared(request, checkpoint, base, plan, inputs)
 
 
 def merge(
@@ -132,7 +143,7 @@ def merge(
     Args:
         request: What to merge; prepared or not.
         listener: Who to tell of progress.
-        beside: Called with the finished report and the staged directory before it is published; if it raises, nothing is.
+        beside: Called with the finished report and the staged directory before that is published; if it raises, nothing is.
 
     Raises:
         LoraMergeError: One subclass per way to fail; see `lora_merge_cli.errors`.
@@ -143,7 +154,8 @@ def merge(
     if output is None:
         raise UsageError("an output directory is needed", hint="pass -o OUT")
     checkpoint, base, plan = prepared.checkpoint, prepared.base, prepared.plan
-    check_space(output, plan.output_bytes)
+    assets_bytes = 0 if checkpoint.assets is None else directory_size(checkpoint.assets)
+    check_space(output, plan.output_bytes + assets_bytes)
 
     from lora_merge_cli.devices import find_device
     from lora_merge_cli.execute import Execution
@@ -161,28 +173,49 @@ def merge(
             listener,
         )
         execution.check_factors()
+        _refuse_repeat(checkpoint, execution.adapter_digests)
         sink.write(execution.leaves(), plan.constants)
         if checkpoint.assets is not None:
-            shutil.copytree(checkpoint.assets, stage / checkpoint.assets.name)
+            _copy_assets(checkpoint.assets, stage)
         report = dataclasses.replace(
             prepared.report(),
             status="merged",
-            sites=tuple(site_record(s, plan, execution.moments[s.name]) for s in plan.sites),
+            sites=tuple(
+                site_record(site, plan, execution.moments[site.name], execution.adapter_digests[site.name])
+                for site in plan.sites
+            ),
             warnings=(
                 *_asset_warnings(checkpoint, plan),
                 *_execution_warnings(execution, plan),
             ),
-            adapter_digest=execution.adapter_digest,
             bytes_on_disk=directory_size(stage),
             seconds=time.monotonic() - started,
             peak_rss_bytes=_peak_rss(),
             device=f"{device.device_kind} ({device.platform}:{device.id})",
             versions=_versions(),
         )
-        (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        with filesystem(output):
+            (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
         if beside is not None:
             beside(report, stage)
     return report
+
+
+def _refuse_repeat(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Refuse an adapter that the checkpoint's provenance says is in its kernels already."""
+    merged = {site.get("adapter_digest") for document in _parents(checkpoint) for site in document.get("sites", ())}
+    again = [name for name, digest in digests.items() if digest in merged]
+    if again:
+        raise AlreadyMerged(
+            "already merged: the same adapter was merged into these kernels before",
+            where=f"{checkpoint.provenance} :: {first_names(again, 3)}",
+            hint="serve the merged checkpoint, or remove the provenance file if it belongs to another one",
+        )
+
+
+def _copy_assets(assets: Path, stage: Path) -> None:
+    with filesystem(assets):
+        shutil.copytree(assets, stage / assets.name, ignore_dangling_symlinks=True)
 
 
 def _source_record(role: str, checkpoint: Checkpoint) -> SourceRecord:
@@ -202,17 +235,15 @@ def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     try:
         document = json.loads(checkpoint.provenance.read_text())
         older = tuple(document.pop("parents", ()))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return ({"unreadable": str(checkpoint.provenance)},)
     return (document, *older)
 
 
 def _asset_warnings(checkpoint: Checkpoint, plan: MergePlan) -> tuple[str, ...]:
-    from lora_merge_cli.assets import check_assets
-
     if plan.model.name == "unknown" and checkpoint.assets is None:
         return ()
-    return tuple(check_assets(checkpoint.assets).problems)
+    return check_assets(checkpoint.assets, quantiles=plan.model.needs_quantiles).problems
 
 
 def _execution_warnings(execution: Execution, plan: MergePlan) -> Sequence[str]:

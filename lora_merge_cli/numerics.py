@@ -18,7 +18,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclass(frozen=True)
 class RealisedSums:
-    """Per row of a tile, for one dtype; see `survival.Realised`. JAX arrays, or NumPy ones once on the host."""
+    """Per row of a tile, for one dtype, in units of the delta's largest entry squared; see `survival.Realised`."""
 
     q_dot_d: Any
     error_sq: Any
@@ -29,14 +29,20 @@ class RealisedSums:
 
 @dataclass(frozen=True)
 class FusedTile:
-    """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host."""
+    """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host.
+
+    Squares are summed in units of the largest entry, so that float32 neither overflows nor loses them.
+    """
 
     values: Any
     kernel_finite: Any
     finite: Any
     delta_sq: Any
+    """In units of `max_abs` squared."""
     kernel_sq: Any
+    """In units of `kernel_max_abs` squared."""
     max_abs: Any
+    kernel_max_abs: Any
     realised: dict[str, RealisedSums]
 
     def to_host(self) -> FusedTile:
@@ -46,7 +52,9 @@ class FusedTile:
 
 jax.tree_util.register_dataclass(RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], [])
 jax.tree_util.register_dataclass(
-    FusedTile, ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised"], []
+    FusedTile,
+    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "kernel_max_abs", "realised"],
+    [],
 )
 
 
@@ -98,14 +106,18 @@ def _fuse(
     delta = scale * jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
     result = (kernel if base is None else base.astype(jnp.float32)) + delta
     values = result.astype(dtype_named(dtype))
+    max_abs, kernel_max_abs = jnp.max(jnp.abs(delta)), jnp.max(jnp.abs(kernel))
+    unit_delta = delta / _nonzero(max_abs)
+    unit_kernel = kernel / _nonzero(kernel_max_abs)
     realised = {}
     for name in dict.fromkeys((dtype, serving_dtype)):
         cast = dtype_named(name)
         # A server casts what is stored, so the stored values are what it rounds once more.
         q = values.astype(cast).astype(jnp.float32) - kernel.astype(cast).astype(jnp.float32)
-        error = q - delta
+        unit_q = q / _nonzero(max_abs)
+        error = unit_q - unit_delta
         realised[name] = RealisedSums(
-            q_dot_d=jnp.sum(q * delta, axis=-1),
+            q_dot_d=jnp.sum(unit_q * unit_delta, axis=-1),
             error_sq=jnp.sum(error * error, axis=-1),
             unchanged=jnp.sum(q == 0, axis=-1, dtype=jnp.int32),
             projected=jnp.einsum(f"ir,{layout}->ro", basis, q, precision=_HIGHEST),
@@ -114,8 +126,13 @@ def _fuse(
         values=values,
         kernel_finite=jnp.all(jnp.isfinite(kernel)),
         finite=jnp.all(jnp.isfinite(values)),
-        delta_sq=jnp.sum(delta * delta, axis=-1),
-        kernel_sq=jnp.sum(kernel * kernel, axis=-1),
-        max_abs=jnp.max(jnp.abs(delta)),
+        delta_sq=jnp.sum(unit_delta * unit_delta, axis=-1),
+        kernel_sq=jnp.sum(unit_kernel * unit_kernel, axis=-1),
+        max_abs=max_abs,
+        kernel_max_abs=kernel_max_abs,
         realised=realised,
     )
+
+
+def _nonzero(largest: Any) -> Any:
+    return jnp.where(largest > 0, largest, jnp.float32(1))

@@ -28,6 +28,7 @@ from lora_merge_cli.records import (
     KeyPath,
     ModelSummary,
     TensorSpec,
+    display,
     first_names,
     glob_matches,
 )
@@ -127,7 +128,7 @@ def plan_merge(
     index = checkpoint.source.index()
     where = str(checkpoint.source.path)
     survey = dialect.survey(index, options.scales, where)
-    chosen, excluded = _select(survey.sites, options)
+    chosen, excluded = _select(dialect, survey.sites, options)
     if survey.problems:
         raise survey.problems[0]
     if not chosen:
@@ -190,25 +191,36 @@ def _check_options(options: MergeOptions) -> None:
 
 
 def _select(
-    sites: Sequence[AdapterSite], options: MergeOptions
+    dialect: Dialect, sites: Sequence[AdapterSite], options: MergeOptions
 ) -> tuple[tuple[AdapterSite, ...], tuple[AdapterSite, ...]]:
+    names = {site.name: _names(dialect, site) for site in sites}
     for flag, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         for pattern in patterns:
-            if sites and not any(glob_matches(site.targets[0], pattern) for site in sites):
+            if sites and not any(_matches(found, (pattern,)) for found in names.values()):
                 raise UsageError(
                     f"{flag} {pattern!r} matches no site",
-                    expected=f"a glob for names such as {sites[0].name}",
+                    expected=f"a glob for names such as {display(names[sites[0].name][-1])}",
                 )
 
     def wanted(site: AdapterSite) -> bool:
-        included = not options.include or _matches_any(site, options.include)
-        return included and not _matches_any(site, options.exclude)
+        included = not options.include or _matches(names[site.name], options.include)
+        return included and not _matches(names[site.name], options.exclude)
 
     return tuple(filter(wanted, sites)), tuple(site for site in sites if not wanted(site))
 
 
-def _matches_any(site: AdapterSite, patterns: Sequence[str]) -> bool:
-    return any(glob_matches(site.targets[0], pattern) for pattern in patterns)
+def _names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:
+    """What a site may be called: its kernel's full path, that without what all paths share, and its module's."""
+    short = dialect.canonical(site.targets[0])
+    module = tuple(part for part in short if part != "w")
+    return site.targets[0], short, module
+
+
+def _matches(names: Sequence[KeyPath], patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches a name, or the end of one from some separator on."""
+    return any(
+        glob_matches(name, spelled) for pattern in patterns for spelled in (pattern, f"**/{pattern}") for name in names
+    )
 
 
 def _nothing(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
@@ -273,7 +285,7 @@ def _step(
     base_spec: TensorSpec | None,
     base: Checkpoint | None,
 ) -> Step:
-    _refuse_float8(checkpoint, spec, site, options)
+    _refuse_unfit_dtypes(checkpoint, spec, site, options)
     chunks = [checkpoint.source.chunk(spec.path)]
     tile: tuple[int, ...] = ()
     dtype = spec.dtype
@@ -301,13 +313,34 @@ def _step(
     )
 
 
-def _refuse_float8(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite | None, options: MergeOptions) -> None:
-    if site is not None and is_float8(spec.dtype) and options.dtype != "keep":
+def _refuse_unfit_dtypes(
+    checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite | None, options: MergeOptions
+) -> None:
+    leaves = [spec]
+    if site is not None:
+        index = checkpoint.source.index()
+        leaves += [index.tensors[path] for path in site.factors.values()]
+        integers = [leaf for leaf in leaves if not is_float(leaf.dtype)]
+        if integers:
+            raise UnsupportedCheckpoint(
+                "a kernel or factor that is not floating-point, as if quantised",
+                where=f"{checkpoint.source.path} :: {integers[0].name}",
+                found=integers[0].dtype.name,
+                hint="merge into the checkpoint that it was quantised from",
+            )
+    flag, wanted = ("--dtype", options.dtype) if site else ("--dtype-untouched", options.dtype_untouched)
+    if is_float8(spec.dtype) and wanted != "keep":
         raise UnsupportedCheckpoint(
-            "a float8 kernel under an adapter",
+            "a float8 leaf that would change its dtype",
             where=f"{checkpoint.source.path} :: {spec.name}",
             found=spec.dtype.name,
-            hint="pass --dtype keep to round the result to float8 again",
+            hint=f"pass {flag} keep",
+        )
+    if site is not None and spec.dtype == np.float64 and wanted == "keep":
+        raise UnsupportedCheckpoint(
+            "a float64 kernel under an adapter, and the arithmetic is float32",
+            where=f"{checkpoint.source.path} :: {spec.name}",
+            hint="pass --dtype float32",
         )
 
 

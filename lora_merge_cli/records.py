@@ -172,6 +172,8 @@ class ModelSummary:
     """The model, or ``unknown``."""
     advice: tuple[str, ...] = ()
     """What to know before serving the merged result."""
+    needs_quantiles: bool = False
+    """Whether its servers normalise by quantiles, q01 and q99, and not by mean and std."""
 
 
 @dataclass(frozen=True)

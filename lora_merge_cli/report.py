@@ -50,6 +50,8 @@ class SiteRecord:
     """``|delta| / |kernel|``, Frobenius."""
     max_abs: float | None = None
     """The largest entry of the delta, absolute."""
+    adapter_digest: str | None = None
+    """A digest of the factors' names, shapes, dtypes and values."""
     non_finite: int = 0
     """Entries of the result that are NaN or Inf: a merge with any is refused."""
     survival: tuple[Survival, ...] = ()
@@ -110,8 +112,6 @@ class MergeReport:
     """The size of all output arrays before compression."""
     peak_bytes_planned: int
     """The plan's estimate of the largest resident size."""
-    adapter_digest: str | None = None
-    """A digest of all factors' names, shapes, dtypes and values."""
     bytes_on_disk: int | None = None
     seconds: float | None = None
     peak_rss_bytes: int | None = None
@@ -128,8 +128,10 @@ class MergeReport:
         return {"schema_version": document.pop("schema_version"), **document}
 
 
-def site_record(site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] = ()) -> SiteRecord:
-    """The record of one site; with `layers`, of what became of its delta."""
+def site_record(
+    site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] = (), digest: str | None = None
+) -> SiteRecord:
+    """The record of one site; with `layers` and `digest`, of what became of its delta."""
     step = next(s for s in plan.steps if s.source.path == site.targets[0])
     scale = site.parameters.scale
     record = SiteRecord(
@@ -154,6 +156,7 @@ def site_record(site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] 
         record,
         relative_norm=total.relative_norm,
         max_abs=total.max_abs,
+        adapter_digest=digest,
         survival=tuple(map(total.survival, dtypes)),
         layers=tuple(
             LayerRecord(layer.relative_norm, layer.max_abs, tuple(map(layer.survival, dtypes))) for layer in layers

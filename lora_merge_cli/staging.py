@@ -23,7 +23,22 @@ from lora_merge_cli.errors import (
 _MARK = ".lora-merge-"
 _LOCK = ".lock"
 _OLD = "old"
+_REASON_LENGTH = 300
 _RESERVE_BYTES = 16 * 2**20
+
+
+def anchored(target: Path) -> Path:
+    """The target's absolute path without ``..`` and links, but for a link at its very end.
+
+    Raises:
+        NotPermitted: The path cannot be followed.
+    """
+    try:
+        if target.name in ("", ".."):
+            return target.resolve()
+        return target.parent.resolve() / target.name
+    except (OSError, RuntimeError) as error:
+        raise NotPermitted("the path cannot be followed", where=target, found=error) from error
 
 
 def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
@@ -33,10 +48,10 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
         UnsafeOutput: It is an input, lies inside one, or holds one or the working directory.
         OutputExists: Something is there and `overwrite` is false.
     """
-    resolved = target.resolve()
+    resolved = anchored(target)
     for path in inputs:
         source = path.resolve()
-        if resolved == source or resolved.is_relative_to(source):
+        if any(place.is_relative_to(source) for place in (resolved, Path(os.path.realpath(resolved)))):
             raise UnsafeOutput("the output would lie inside an input", where=target, found=f"input {source}")
         if source.is_relative_to(resolved):
             raise UnsafeOutput("the output would replace an input", where=target, found=source)
@@ -44,7 +59,8 @@ def check_target(target: Path, inputs: Sequence[Path], *, overwrite: bool) -> No
         return
     if not overwrite:
         raise OutputExists("the output exists", where=target, hint="pass --overwrite, or choose another -o")
-    for kept in (Path.cwd(), Path.home()):
+    # os.path, since pathlib raises where there is no home.
+    for kept in (Path.cwd(), Path(os.path.expanduser("~"))):  # noqa: PTH111
         if kept.resolve().is_relative_to(resolved):
             raise UnsafeOutput("--overwrite would remove more than an output", where=target)
 
@@ -55,11 +71,9 @@ def check_space(target: Path, needed: int) -> None:
     Raises:
         DiskFull: Less than `needed` bytes and a small reserve are free.
     """
-    existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
-    try:
+    with filesystem(target):
+        existing = next(p for p in (target, *target.parents) if p.exists())
         free = shutil.disk_usage(existing).free
-    except OSError as error:
-        raise _refusal(existing, error) from error
     if free < needed + _RESERVE_BYTES:
         raise DiskFull(
             "not enough free disk",
@@ -80,14 +94,13 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         OutputExists: Something appeared at the target meanwhile.
         NotPermitted, ResourceError: The file system denies it.
     """
-    target = target.absolute()
     # Named before anything exists, so that an interrupt at any moment knows what to remove.
     stage = target.with_name(f".{target.name}{_MARK}{secrets.token_hex(4)}")
     lock_file = _lock_of(stage)
     missing = [folder for folder in target.parents if not folder.exists()]
     complete = False
     try:
-        with _filesystem(target.parent):
+        with filesystem(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(target)
             lock = lock_file.open("w")
@@ -96,7 +109,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
             inner.mkdir(parents=True)
         with lock:
             yield inner
-            with _filesystem(target):
+            with filesystem(target):
                 _publish(inner, target, stage, overwrite=overwrite)
             complete = True
     finally:
@@ -143,7 +156,8 @@ def _remove_leftovers(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _filesystem(where: Path) -> Iterator[None]:
+def filesystem(where: Path) -> Iterator[None]:
+    """Turn an error of the operating system in the block into a refusal that names `where`."""
     try:
         yield
     except OSError as error:
@@ -151,9 +165,11 @@ def _filesystem(where: Path) -> Iterator[None]:
 
 
 def _refusal(where: Path, error: OSError) -> LoraMergeError:
+    # Only its text tells what went wrong with the files of a `shutil.Error`.
     reason = error.strerror or str(error)
-    if isinstance(error, PermissionError) or "read-only" in reason.lower():
-        return NotPermitted("cannot be written", where=where, found=reason)
-    if "no space" in reason.lower() or "quota" in reason.lower():
-        return DiskFull("the disk is full", where=where, found=reason)
-    return ResourceError("cannot be written", where=where, found=reason)
+    lowered = reason.lower()
+    if "no space" in lowered or "quota" in lowered:
+        return DiskFull("the disk is full", where=where, found=reason[:_REASON_LENGTH])
+    if isinstance(error, PermissionError) or "read-only" in lowered or "denied" in lowered:
+        return NotPermitted("access is denied", where=where, found=reason[:_REASON_LENGTH])
+    return ResourceError("the operating system refuses", where=where, found=reason[:_REASON_LENGTH])

@@ -109,5 +109,11 @@ class Survival:
     """The relative error of ``U^T q`` against ``U^T d``."""
 
 
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and Inf, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
 def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator > 0 else None
+    ratio = numerator / denominator if denominator > 0 else math.nan
+    return finite(ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_no_space_found_while_writing(small_disk: Path, tmp_path: Path, monkeypa
 def test_a_read_only_target(small_disk: Path, tmp_path: Path) -> None:
     step = saved(tmp_path, leaves())
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert "cannot be written" in refuse(6, step, small_disk / "out")
+    assert "access is denied" in refuse(6, step, small_disk / "out")
 
 
 def test_a_failing_overwrite_keeps_the_old_output(tmp_path: Path) -> None:
@@ -402,3 +403,93 @@ def test_a_base_that_is_truncated_is_an_input_error(tmp_path: Path) -> None:
     truncate(base)
     line = refuse(3, step, tmp_path / "out", "--base", base)
     assert str(base) in line
+
+
+def test_integer_kernels_are_refused(tmp_path: Path) -> None:
+    tree = leaves()
+    key = (*ATTENTION, "q_einsum", "w")
+    tree[key] = np.ones(tree[key].shape, np.int8)
+    line = refuse(4, saved(tmp_path, tree), tmp_path / "out", "--dtype", "keep")
+    assert "quantised" in line and "int8" in line
+
+
+def test_float8_leaves_are_never_cast(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    tree = leaves()
+    key = (*ATTENTION, "q_einsum", "w")
+    tree[("eight", "kernel")] = np.ones((2, 2), ml_dtypes.float8_e4m3fn)
+    step = saved(tmp_path, tree)
+    line = refuse(4, step, tmp_path / "out", "--dtype-untouched", "float32")
+    assert "float8" in line and "--dtype-untouched keep" in line
+    assert run("merge", step, "-o", tmp_path / "fine", *ALPHA).code == 0
+    tree[key] = tree[key].astype(ml_dtypes.float8_e4m3fn)
+    other = save_step(tmp_path / "other" / "5", nest(tree))
+    assert "--dtype keep" in refuse(4, other, tmp_path / "out")
+    assert run("merge", other, "-o", tmp_path / "kept", *ALPHA, "--dtype", "keep").code == 0
+    assert restore_flat(tmp_path / "kept/params")[key].dtype == ml_dtypes.float8_e4m3fn
+
+
+def test_damaged_params_are_not_replaced_by_the_train_state(tmp_path: Path) -> None:
+    step = saved(tmp_path, leaves())
+    save_item(step / "train_state", nest(leaves()))
+    for name in ("_METADATA", "manifest.ocdbt"):
+        (step / "params" / name).unlink()
+    assert "params without metadata" in refuse(3, step, tmp_path / "out")
+    shutil.rmtree(step / "params")
+    assert "without arrays" in refuse(3, step, tmp_path / "out")
+
+
+def test_random_keys_are_not_turned_into_numbers(tmp_path: Path) -> None:
+    import jax
+
+    tree = nest(leaves())
+    tree["params"]["rng"] = {"value": jax.random.key(0)}
+    step = save_step(tmp_path / "in" / "5", tree)
+    assert "cannot be carried over" in refuse(4, step, tmp_path / "out")
+
+
+def test_a_single_array_is_no_tree(tmp_path: Path) -> None:
+    path = save_item(tmp_path / "one", np.ones(3))
+    assert "no tree" in refuse(4, path, tmp_path / "out")
+
+
+def test_output_behind_a_link_into_the_input(tmp_path: Path) -> None:
+    step = saved(tmp_path, leaves())
+    (tmp_path / "real").mkdir()
+    (step / "params").rename(tmp_path / "real" / "p")
+    (step / "params").symlink_to(tmp_path / "real" / "p")
+    assert "inside an input" in refuse(4, step, tmp_path / "real" / "p" / "merged")
+    outcome = run("merge", step / "params", "-o", tmp_path / "out", *ALPHA)
+    assert outcome.code == 0 and (tmp_path / "out" / "assets").is_dir()
+
+
+def test_assets_that_cannot_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = saved(tmp_path, leaves())
+    (step / "assets" / "latest").symlink_to("/nonexistent")
+    outcome = run("merge", step, "-o", tmp_path / "fine", *ALPHA, "--json")
+    assert outcome.code == 0
+    assert any("leads nowhere" in warning for warning in outcome.json["warnings"])
+
+    def fail(*_: object, **__: object) -> None:
+        raise shutil.Error([("a", "b", "[Errno 13] Permission denied: 'a'")])
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    assert "access is denied" in refuse(6, step, tmp_path / "out")
+
+
+def test_names_and_links_that_lead_nowhere(tmp_path: Path) -> None:
+    step = saved(tmp_path, leaves())
+    assert run("merge", "a" * 300, "-o", tmp_path / "out", *ALPHA).error
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run("merge", tmp_path / "loop", "-o", tmp_path / "out", *ALPHA).code == 3
+    assert run("merge", step, "-o", tmp_path / "loop" / "out", *ALPHA).code == 6
+    assert run("merge", step, "-o", tmp_path / ("a" * 300), *ALPHA).code == 6
+
+
+def test_provenance_of_another_kind_does_not_matter(tmp_path: Path) -> None:
+    step = saved(tmp_path, leaves())
+    for number, text in enumerate(('{"parents": null}', "[]", "{", '{"sites": [3], "parents": 5}')):
+        (step / "lora_merge.json").write_text(text)
+        outcome = run("merge", step, "-o", tmp_path / f"out{number}", *ALPHA)
+        assert outcome.code == 0, outcome.stderr

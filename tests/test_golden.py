@@ -102,7 +102,7 @@ def test_frozen_leaves_are_those_stored_as_bfloat16() -> None:
     for path, values in restore_flat(checkpoint / "params").items():
         name = "/".join(("params", *path, "value"))
         if "lora" in name:
-            assert rows[name] == "new"
+            assert rows[name] == "adapter"
         elif values.dtype == BFLOAT16:
             assert rows[name] == "frozen"
         else:

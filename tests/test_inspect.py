@@ -129,7 +129,9 @@ def test_base_tells_frozen_from_moved(tmp_path: Path) -> None:
     rows = {row["path"]: row for row in found["base"]}
     for path, values in tree.leaves.items():
         row = rows["/".join(("params", *path, "value"))]
-        if any("lora" in str(part) for part in path) or path[-1] == "pos_embedding":
+        if any("lora" in str(part) for part in path):
+            assert row["status"] == "adapter"
+        elif path[-1] == "pos_embedding":
             assert row["status"] == "new"
         elif path == ("state_proj", "bias"):
             assert row["status"] == "reshaped"
@@ -187,6 +189,9 @@ BAD_STATS: dict[str, tuple[Any, str]] = {
     "negative": ({"norm_stats": {"state": ENTRY | {"std": [1.0, -1.0]}}}, "state.std is negative"),
     "crossed": ({"norm_stats": {"state": ENTRY | {"q01": [-1.0, 1.0]}}}, "q01 is not below state.q99 in 1 of 2"),
     "ragged": ({"norm_stats": {"state": ENTRY | {"q01": [-1.0]}}}, "differ in length"),
+    "ragged std": ({"norm_stats": {"state": ENTRY | {"std": [1.0]}}}, "differ in length"),
+    "nothing in it": ({"norm_stats": {"state": {"mean": [], "std": []}}}, "state.mean is empty"),
+    "a huge integer": ({"norm_stats": {"state": ENTRY | {"mean": [10**400, 0]}}}, "state.mean is not finite"),
 }
 
 
@@ -197,6 +202,22 @@ def test_norm_stats_are_checked(case: str, tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text(document if isinstance(document, str) else json.dumps(document))
     assert any(problem in found for found in check_assets(tmp_path).problems)
+
+
+def test_quantiles_are_needed_where_servers_use_them(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    entry = {key: ENTRY[key] for key in ("mean", "std")}
+    (tmp_path / "a" / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": entry}}))
+    assert check_assets(tmp_path).problems == ()
+    assert any("state.q01 is missing" in p for p in check_assets(tmp_path, quantiles=True).problems)
+
+
+def test_norm_stats_behind_a_link_are_found(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "norm_stats.json").write_text(json.dumps(NORM_STATS))
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "trossen").symlink_to(tmp_path / "real")
+    assert check_assets(tmp_path / "assets").asset_ids == ("trossen",)
 
 
 def test_sane_norm_stats_pass(tmp_path: Path) -> None:

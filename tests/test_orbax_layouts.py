@@ -236,3 +236,35 @@ def test_reading_any_region(tmp_path: Path) -> None:
     assert np.array_equal(source.read(("x",), full_region(values.shape)), values)
     region = (slice(1, 4), slice(2, 7), slice(0, 2))
     assert np.array_equal(source.read(("x",), region), values[region])
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+def test_chunks_of_zeros_that_were_never_stored(zarr3: bool, tmp_path: Path) -> None:
+    """Old writers leave out chunks that hold nothing but zeros, and say so by saying nothing."""
+    import tensorstore as ts
+
+    leaves = dict(TREE.leaves)
+    zeros = ("action_in_proj", "kernel")
+    leaves[zeros] = np.zeros((7, 16), np.float32)
+    step = save_step(tmp_path / "in" / "7", nest(leaves), zarr3=zarr3)
+    item = step / "params"
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item}/"}).result()
+    name = "params.action_in_proj.kernel.value/"
+    for key in store.list().result():
+        if key.decode().startswith(name) and not key.endswith((b".zarray", b"zarr.json")):
+            store.write(key, None).result()
+    assert "chunks are missing" in run("inspect", step).error
+    metadata = json.loads((item / "_METADATA").read_text())
+    del metadata["store_array_data_equal_to_fill_value"]
+    (item / "_METADATA").write_text(json.dumps(metadata))
+    outcome = run("merge", step, "-o", tmp_path / "out", *ALPHA)
+    assert outcome.code == 0, outcome.stderr
+    merged = restore(tmp_path / "out/params")["params"]["action_in_proj"]["kernel"]["value"]
+    assert np.array_equal(merged, leaves[zeros])
+
+
+def test_steps_with_a_prefix(tmp_path: Path) -> None:
+    for name in ("pi0_100", "pi0_2000"):
+        save_step(tmp_path / "run" / name, nest(TREE.leaves))
+    assert run("inspect", tmp_path / "run", "--json").json["step"] == 2000
+    assert run("inspect", tmp_path / "run", "--step", 100, "--json").json["step"] == 100

@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(step: Path, tmp_pat
     assert (planned["status"], done["status"]) == ("planned", "merged")
     for key in ("sources", "copied", "dropped", "notes", "warnings", "output_bytes", "model", "dialect"):
         assert planned[key] == done[key], key
-    measured = {"relative_norm", "max_abs", "survival", "layers"}
+    measured = {"relative_norm", "max_abs", "survival", "layers", "adapter_digest"}
     for before, after in zip(planned["sites"], done["sites"], strict=True):
         assert {k: v for k, v in before.items() if k not in measured} == {
             k: v for k, v in after.items() if k not in measured
@@ -97,7 +97,7 @@ def test_the_json_report(step: Path, tmp_path: Path) -> None:
     assert document == outcome.json == json.loads((tmp_path / "out" / "lora_merge.json").read_text())
     assert document["schema_version"] == 1
     assert document["sources"][0]["fingerprint"].startswith("sha256:")
-    assert document["adapter_digest"].startswith("sha256:")
+    assert len({site["adapter_digest"] for site in document["sites"]}) == 10
     assert {"lora-merge", "jax", "numpy", "tensorstore"} <= document["versions"].keys()
     assert document["device"] and document["seconds"] > 0 and document["peak_rss_bytes"] > 0
     assert len(document["sites"]) == 10 and len(document["dropped"]) == 20
@@ -148,7 +148,20 @@ def test_provenance_chains_when_a_merged_checkpoint_is_merged_again(step: Path, 
     document = run("merge", again, "-o", tmp_path / "second", "--lora-alpha", ALPHAS, "--json").json
     assert len(document["parents"]) == 1
     assert document["parents"][0]["sources"][0]["path"] == str(step / "params")
-    assert document["adapter_digest"] != document["parents"][0]["adapter_digest"]
+
+
+def test_the_same_adapter_a_second_time_is_refused(step: Path, tmp_path: Path) -> None:
+    assert run("merge", step, "-o", tmp_path / "first", "--lora-alpha", ALPHAS, "--include", "mlp/linear").code == 0
+    leaves: dict[Any, Any] = restore_flat(tmp_path / "first" / "params")
+    leaves |= {p: v for p, v in restore_flat(step / "params").items() if any("lora" in str(part) for part in p)}
+    again = save_step(tmp_path / "again" / "6", nest(leaves))
+    (again / "lora_merge.json").write_text((tmp_path / "first" / "lora_merge.json").read_text())
+    refused = run("merge", again, "-o", tmp_path / "second", "--lora-alpha", ALPHAS)
+    assert refused.code == 4
+    assert "already merged" in refused.error and "mlp/linear" in refused.error
+    assert not (tmp_path / "second").exists()
+    rest = run("merge", again, "-o", tmp_path / "rest", "--lora-alpha", ALPHAS, "--exclude", "mlp/linear")
+    assert rest.code == 0
 
 
 def test_quiet_prints_nothing(step: Path, tmp_path: Path) -> None:
@@ -198,3 +211,99 @@ def test_a_grid_covers_each_entry_once(shape: list[int], block: list[int]) -> No
 def test_globs(pattern: str, matches: bool) -> None:
     path = ("params", "PaliGemma", "llm", "layers", "attn", "q_einsum", "w")
     assert glob_matches(path, pattern) is matches
+
+
+def test_a_report_inside_the_output_goes_with_it(step: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--lora-alpha", ALPHAS, "--report", out / "reports" / "merge.md", "--report", out / "merge.json"]
+    assert run("merge", step, "-o", out, *flags).code == 0
+    assert (out / "reports" / "merge.md").exists() and (out / "merge.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.parametrize(
+    ("report", "flags", "code"),
+    [
+        ("in/5/assets/trossen/norm_stats.json", [], 4),
+        ("in/5/params/report.json", [], 4),
+        ("out.json", ["-o", "out.json"], 2),
+        ("a.json", ["-o", "a.json/out"], 2),
+        ("out/plan.json", ["-o", "out", "--dry-run"], 2),
+        ("folder.md", [], 2),
+    ],
+)
+def test_reports_that_must_not_be_written(
+    report: str, flags: list[str], code: int, step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.md").mkdir()
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    flags = flags or ["-o", "out"]
+    outcome = run("merge", step, *flags, "--lora-alpha", ALPHAS, "--report", report)
+    assert outcome.code == code and "--report" in outcome.error
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+def test_a_report_that_cannot_be_written_stops_the_merge_before_it_appears(step: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    outcome = run(
+        "merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "--report", tmp_path / "file" / "r.json"
+    )
+    assert outcome.code == 6, outcome.stderr
+    assert outcome.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_relative_outputs_with_parent_parts(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for output in ("../a", "./x/../b", "../work/../c", "d/"):
+        outcome = run("merge", "../in/5/", "-o", output, "--lora-alpha", ALPHAS)
+        assert outcome.code == 0, outcome.stderr
+    assert all((tmp_path / name / "params").is_dir() for name in ("a", "work/b", "c", "work/d"))
+    monkeypatch.chdir(step)
+    assert run("merge", ".", "-o", "../../e", "--lora-alpha", ALPHAS).code == 0
+    assert (tmp_path / "e" / "assets").is_dir()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "mlp/linear",
+        "PaliGemma/llm/layers/mlp/linear",
+        "**/mlp/linear/**",
+        "params.PaliGemma.llm.layers.mlp.linear.value",
+    ],
+)
+def test_globs_match_the_names_that_are_shown(pattern: str, step: Path) -> None:
+    outcome = run("merge", step, "--dry-run", "--json", "--include", pattern)
+    assert outcome.code == 0, outcome.stderr
+    assert [site["target"] for site in outcome.json["sites"]] == ["params/PaliGemma/llm/layers/mlp/linear/value"]
+
+
+def test_values_that_json_cannot_hold_are_null(tmp_path: Path) -> None:
+    leaves = build(PALIGEMMA, ACTION).leaves
+    leaves[("PaliGemma", "img", "pos_embedding")] = np.full((1, 9, 8), np.nan, np.float32)
+    step = save_step(tmp_path / "in" / "5", nest(leaves))
+    rows = run("inspect", step, "--base", step, "--json").json["base"]
+    assert {row["status"] for row in rows} == {"frozen"}
+    other = save_step(tmp_path / "other" / "5", nest(build(PALIGEMMA, ACTION).leaves))
+    rows = run("inspect", step, "--base", other, "--json").json["base"]
+    assert [row["relative_change"] for row in rows if row["status"] == "moved"] == [None]
+
+
+@pytest.mark.parametrize("size", [1e-28, 1e15])
+def test_figures_of_tiny_and_huge_deltas_are_finite(size: float, tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    for path, values in tree.leaves.items():
+        if str(path[-1]).endswith("lora_b"):
+            tree.leaves[path] = (values * np.float32(size)).astype(np.float32)
+    step = save_step(tmp_path / "in" / "5", nest(tree.leaves))
+    document = run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "--json").json
+    for site in document["sites"]:
+        path = tuple(site["target"].split("/")[1:-1])
+        kernel = tree.leaves[path].astype(np.float64)
+        delta = (tree.expected[path] - kernel) * float(np.float32(size))
+        assert site["relative_norm"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(kernel), rel=1e-3)
+        if size > 1:
+            assert site["survival"][0]["gain_along_inputs"] == pytest.approx(1.0, abs=1e-5)

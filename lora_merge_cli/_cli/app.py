@@ -198,10 +198,8 @@ def merge(
         from lora_merge_cli.merging import MergeRequest, prepare
         from lora_merge_cli.merging import merge as run
         from lora_merge_cli.plan import MergeOptions
-        from lora_merge_cli.reports import check_report_paths, write_report
+        from lora_merge_cli.reports import ReportFiles, check_report_paths
 
-        reports = report or []
-        check_report_paths(reports)
         if output is None and not dry_run:
             raise UsageError("an output directory is needed", hint="pass -o OUT, or --dry-run")
         options = MergeOptions(
@@ -213,13 +211,19 @@ def merge(
             tuple(exclude or ()),
         )
         prepared = prepare(MergeRequest(checkpoint, output, base, step, overwrite, device, options))
-        if dry_run:
-            done = prepared.report()
-        else:
-            with progress(visible=not quiet) as listener:
-                done = run(prepared, listener)
-        for path in reports:
-            write_report(done, path)
+        target = prepared.request.output
+        check_report_paths(report or [], target, prepared.inputs, dry_run=dry_run)
+        reports = ReportFiles(report or [], target)
+        try:
+            if dry_run:
+                done = prepared.report()
+                reports.write(done)
+            else:
+                with progress(visible=not quiet) as listener:
+                    done = run(prepared, listener, reports.write)
+            reports.publish()
+        finally:
+            reports.discard()
         if as_json:
             _print_json(done.to_dict())
         elif not quiet:

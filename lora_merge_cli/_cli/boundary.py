@@ -55,6 +55,8 @@ def _message_and_code(error: BaseException) -> tuple[str, int] | None:
             return "terminated: nothing was written", Terminated.exit_code
     if isinstance(error, LoraMergeError):
         return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"the operating system refuses: {error}", _OUT_OF_RESOURCES
     if isinstance(error, MemoryError):
         return "out of memory: see peak memory in --dry-run", _OUT_OF_RESOURCES
     return None

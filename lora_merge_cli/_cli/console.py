@@ -164,21 +164,16 @@ def _short(target: str) -> str:
 
 def _print_sites(console: Console, sites: Sequence[SiteRow]) -> None:
     measured = any(site.stats for site in sites)
-    columns = ["site", ">rank", ">layers", "equation", ">scale"]
-    if measured:
-        columns += [">|d|/|w|", ">eff.rank", ">NaN"]
-    table = _table(*columns)
+    # Either fits 80 columns; both together do not.
+    more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
+    table = _table("site", ">rank", ">layers", ">scale", *more)
     for site in sites:
-        row = [
-            escape(_short(site.target)),
-            str(site.rank),
-            str(site.layers or "-"),
-            site.equation,
-            _starred(site),
-        ]
-        if site.stats is not None:
-            stats = site.stats
-            row += [figure(stats.relative_norm), f"{stats.effective_rank:.1f}", str(stats.non_finite)]
+        row = [escape(_short(site.target)), str(site.rank), str(site.layers or "-"), _starred(site)]
+        if site.stats is None:
+            row.append(site.equation)
+        else:
+            norms = (site.stats.relative_norm, site.stats.relative_norm_worst)
+            row += [*map(figure, norms), f"{site.stats.effective_rank:.1f}", str(site.stats.non_finite)]
         table.add_row(*row)
     console.print()
     console.print(table)
@@ -206,9 +201,10 @@ def _print_base(console: Console, rows: Sequence[BaseRow]) -> None:
     counts = Counter(row.status for row in rows)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(f"\n[bold]against the base[/bold]: {summary}")
-    table = _table("leaf", "status", ">|change|/|base|")
+    table = _table("leaf that is not the base's", "status", ">|change|/|base|")
     for row in rows:
-        table.add_row(escape(_short(row.path)), row.status, figure(row.relative_change))
+        if row.status not in ("frozen", "adapter"):
+            table.add_row(escape(_short(row.path)), row.status, figure(row.relative_change))
     console.print(table)
 
 

@@ -200,6 +200,7 @@ class OpenPI:
                 f"serve the merged checkpoint with {variants}: a _lora variant would add fresh random adapters",
                 "the merged params are for inference or as a new starting point, not for --resume",
             ),
+            needs_quantiles=name != "pi0",
         )
 
     def grouping(self, index: Index, sites: tuple[AdapterSite, ...]) -> Mapping[KeyPath, Group]:

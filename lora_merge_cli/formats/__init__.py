@@ -34,6 +34,8 @@ def open_checkpoint(path: Path | str, step: int | None = None) -> Checkpoint:
                 return checkpoint
     except PermissionError as error:
         raise NotPermitted("permission denied", where=error.filename or path) from error
+    except (OSError, RuntimeError) as error:
+        raise InputNotFound("the path cannot be followed", where=path, found=error) from error
     raise UnknownFormat(
         "not a checkpoint",
         where=path,

@@ -7,6 +7,7 @@ that was saved without a manager is an item by itself.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
 PROVENANCE = "lora_merge.json"
 
 _PREFERRED_ITEM = "params"
+_OPTIMISER_ITEM = "train_state"
 _ASSETS = "assets"
 _UNFINISHED = ".orbax-checkpoint-tmp"
-_STEP_NAME = re.compile(r"(?:(?:step|ckpt|checkpoint)[_-]?)?(\d+)")
+_STEP_NAME = re.compile(r"(?:(.+)[_-])?(\d+)")
 _BOOKKEEPING = frozenset({STEP_FILE, _ASSETS, PROVENANCE, "commit_success.txt"})
 
 
@@ -34,7 +36,7 @@ class OrbaxFormat:
         """See `Format.open`."""
         if not path.is_dir():
             return None
-        path = path.resolve()
+        path = Path(os.path.abspath(path))  # noqa: PTH100  (a link keeps its own neighbours)
         if _UNFINISHED in path.name:
             raise CorruptCheckpoint("a checkpoint whose writing was never finished", where=path)
         if _is_item(path):
@@ -69,14 +71,17 @@ def _items(path: Path) -> list[str]:
 
 def _step_number(path: Path) -> int | None:
     match = _STEP_NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    return int(match[2]) if match else None
 
 
 def _steps(run: Path) -> dict[int, Path]:
+    """The finished steps by number: named by it alone, or after a prefix if their metadata says that they are steps."""
     found = {}
     for entry in run.iterdir():
         number = _step_number(entry)
-        if number is not None and entry.is_dir() and _UNFINISHED not in entry.name and _items(entry):
+        if number is None or not entry.is_dir() or _UNFINISHED in entry.name:
+            continue
+        if _items(entry) and (entry.name.isdigit() or (entry / STEP_FILE).exists()):
             found[number] = entry
     return found
 
@@ -106,7 +111,14 @@ def _open_step(
     steps: tuple[int, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    items = _items(path)
+    items = [item for item in _items(path) if item != _OPTIMISER_ITEM]
+    if _PREFERRED_ITEM not in items and (path / _PREFERRED_ITEM).exists():
+        raise CorruptCheckpoint(
+            "params without metadata",
+            where=path / _PREFERRED_ITEM,
+            expected=f"{TREE_FILE} in it",
+            hint="copy the checkpoint again from where it was written",
+        )
     if not items:
         raise CorruptCheckpoint("a step without arrays", where=path, expected="an item folder such as params")
     if _PREFERRED_ITEM in items:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from lora_merge_cli.errors import CorruptCheckpoint, NotPermitted, UnsupportedCheckpoint
 from lora_merge_cli.records import Constant, KeyPath, TensorSpec, display
 
 TREE_FILE = "_METADATA"
@@ -143,6 +143,8 @@ def constant_of(entry: Entry, tree: TreeMetadata, directory: Path) -> Constant |
                 where=f"{directory / STRINGS_FILE} :: {display(entry.path)}",
             )
         return Constant(entry.path, "string", tree.strings[entry.storage_name])
+    if not entry.path:
+        raise UnsupportedCheckpoint("a single array, and no tree of them", where=directory)
     if entry.value_type not in _ARRAY_TYPES | {"scalar"}:
         raise UnsupportedCheckpoint(
             "a leaf of a type that cannot be carried over",
@@ -151,6 +153,24 @@ def constant_of(entry: Entry, tree: TreeMetadata, directory: Path) -> Constant |
             found=entry.value_type,
         )
     return None
+
+
+def refuse_extended_types(directory: Path) -> None:
+    """Refuse arrays that stand for more than their numbers, such as random keys.
+
+    Raises:
+        UnsupportedCheckpoint: There is one.
+    """
+    for file in sorted(directory.glob("array_metadatas/process_*")):
+        for item in _load_json(file).get("array_metadatas", ()):
+            array = item.get("array_metadata", {})
+            if array.get("ext_metadata"):
+                raise UnsupportedCheckpoint(
+                    "a leaf of a type that cannot be carried over",
+                    where=f"{directory} :: {array.get('param_name')}",
+                    expected="plain numbers",
+                    found=array["ext_metadata"],
+                )
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
@@ -178,5 +198,7 @@ def _load_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CorruptCheckpoint("a metadata file is missing", where=file) from error
+    except OSError as error:
+        raise NotPermitted("a metadata file cannot be read", where=file, found=error.strerror) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CorruptCheckpoint("a metadata file is not JSON", where=file, found=error) from error

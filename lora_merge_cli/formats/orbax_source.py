@@ -26,6 +26,7 @@ from lora_merge_cli.formats.orbax_metadata import (
     TreeMetadata,
     constant_of,
     read_tree,
+    refuse_extended_types,
 )
 from lora_merge_cli.formats.waiting import finished
 from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, display, first_names
@@ -78,8 +79,12 @@ class OrbaxSource:
             raise self._corrupt(path, error) from error
 
     def stored(self, path: KeyPath) -> Stored | None:
-        """See `Source.stored`. Only an OCDBT database keeps the length of each value, so only there is a copy a check."""
-        if not self._ocdbt:
+        """See `Source.stored`.
+
+        Only an OCDBT database keeps the length of each value, so only there is a copy a check. Where chunks of zeros were left
+        out, a copy would have to leave them out too, which the output's metadata denies.
+        """
+        if not (self._ocdbt and self._read_tree().fill_values_stored):
             return None
         return Stored(f"orbax-zarr{self.zarr_version}", self._stored_values(path))
 
@@ -99,6 +104,7 @@ class OrbaxSource:
     def _read_tree(self) -> TreeMetadata:
         if self._tree is None:
             self._tree = read_tree(self._path)
+            refuse_extended_types(self._path)
         return self._tree
 
     def _build_index(self) -> Index:

@@ -157,16 +157,17 @@ class LowRankUpdate:
                 hint="use --dtype float32 or bfloat16",
             )
         layer = self._layers[region[0].start if self._stacked else 0]
+        unit, kernel_unit = float(tile.max_abs) ** 2, float(tile.kernel_max_abs) ** 2
         layer.add(
             Moments(
-                delta_sq=_total(tile.delta_sq),
-                kernel_sq=_total(tile.kernel_sq),
+                delta_sq=_total(tile.delta_sq) * unit,
+                kernel_sq=_total(tile.kernel_sq) * kernel_unit,
                 max_abs=float(tile.max_abs),
                 entries=tile.values.size,
                 realised={
                     name: Realised(
-                        q_dot_d=_total(sums.q_dot_d),
-                        error_sq=_total(sums.error_sq),
+                        q_dot_d=_total(sums.q_dot_d) * (unit or 1.0),
+                        error_sq=_total(sums.error_sq) * (unit or 1.0),
                         unchanged=int(np.sum(sums.unchanged, dtype=np.int64)),
                     )
                     for name, sums in tile.realised.items()

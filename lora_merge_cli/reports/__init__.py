@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lora_merge_cli.errors import NotPermitted, UsageError
+from lora_merge_cli.errors import UnsafeOutput, UsageError
 from lora_merge_cli.report import MergeReport
 from lora_merge_cli.reports.json_text import to_json
 from lora_merge_cli.reports.markdown import to_markdown
+from lora_merge_cli.staging import anchored, filesystem
 
 RENDERERS: Mapping[str, Callable[[MergeReport], str]] = {".json": to_json, ".md": to_markdown}
 """What makes the text of a report file, by suffix."""
 
 
-def check_report_paths(paths: list[Path]) -> None:
-    """Refuse report files that could not be written, before any work is done.
+def check_report_paths(paths: Sequence[Path], output: Path | None, inputs: Sequence[Path], *, dry_run: bool) -> None:
+    """Refuse report files that must not be written, before any work is done.
 
     Raises:
-        UsageError: No report is of that suffix, or the path is a directory.
+        UsageError: No report is of that suffix, or the path clashes with the output.
+        UnsafeOutput: It lies inside an input.
     """
     for path in paths:
         if path.suffix not in RENDERERS:
             raise UsageError("--report does not know the suffix", where=path, expected=" or ".join(RENDERERS))
         if path.is_dir():
             raise UsageError("--report names a directory", where=path)
+        resolved = anchored(path)
+        if any(resolved.is_relative_to(source.resolve()) for source in inputs):
+            raise UnsafeOutput("--report would write into an input", where=path)
+        if output is not None and output.is_relative_to(resolved):
+            raise UsageError("--report is in the way of the output", where=path)
+        if output is not None and dry_run and resolved.is_relative_to(output):
+            raise UsageError("--report of a dry run would create the output", where=path)
 
 
-def write_report(report: MergeReport, path: Path) -> None:
-    """Write a report file, creating its folder.
+class ReportFiles:
+    """Report files that are written beside their place first, so that one that cannot be written is known in time.
 
-    Raises:
-        NotPermitted: The file cannot be written.
+    Args:
+        paths: Where the reports go; one below `output` goes into the staged directory instead.
+        output: The output directory, if any.
     """
-    text = RENDERERS[path.suffix](report)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise NotPermitted("the report cannot be written", where=path, found=error.strerror) from error
+
+    def __init__(self, paths: Sequence[Path], output: Path | None = None) -> None:
+        self._output = output
+        self._paths = [anchored(path) for path in paths]
+        self._waiting: list[tuple[Path, Path]] = []
+
+    def write(self, report: MergeReport, stage: Path | None = None) -> None:
+        """Write every report, those outside the output beside their place.
+
+        Raises:
+            NotPermitted, DiskFull, ResourceError: One cannot be written.
+        """
+        for path in self._paths:
+            inside = self._output is not None and stage is not None and path.is_relative_to(self._output)
+            with filesystem(path):
+                if inside and stage is not None and self._output is not None:
+                    place = stage / path.relative_to(self._output)
+                else:
+                    place = path.with_name(f".{path.name}.part")
+                    self._waiting.append((place, path))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(RENDERERS[path.suffix](report))
+
+    def publish(self) -> None:
+        """Put the written reports in place."""
+        for part, path in self._waiting:
+            with filesystem(path):
+                part.replace(path)
+        self._waiting.clear()
+
+    def discard(self) -> None:
+        """Remove what was written and not published."""
+        for part, _ in self._waiting:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        self._waiting.clear()
 
 
-__all__ = ["RENDERERS", "check_report_paths", "to_json", "to_markdown", "write_report"]
+__all__ = ["RENDERERS", "ReportFiles", "check_report_paths", "to_json", "to_markdown"]
