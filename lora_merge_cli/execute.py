@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, WrongBase
 from lora_merge_cli.formats.interface import Blocks, LeafData, Source
@@ -116,7 +117,7 @@ class Execution:
                 zero.add(path)
         sites = self._plan.sites
         for site in sites:
-            joined = "".join(digests[path].hexdigest() for path in site.factors.values())
+            joined = "".join(digests[path].hexdigest() for _, path in sorted(site.factors.items()))
             self.adapter_digests[site.name] = f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
         if self._plan.multiplier == 0 or all(zero & {*site.factors.values()} for site in sites):
             why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
@@ -160,7 +161,7 @@ class Execution:
         """An untouched leaf, decoded, and cast if asked."""
         differs = False
         for region, values, base in self._blocks(step):
-            differs = differs or not _same(values, base)
+            differs = differs or not (base is None or equals_rounded(values, base))
             self._count_not_finite(step, values)
             for part in grid(region, step.write_block):
                 piece = values[relative(part, region)]
@@ -184,7 +185,7 @@ class Execution:
         )
         differs = False
         for region, values, base in self._blocks(step):
-            differs = differs or not _same(values, base)
+            differs = differs or not (base is None or equals_rounded(values, base))
             for part in grid(region, step.write_block):
                 inside = relative(part, region)
                 yield (
@@ -228,7 +229,7 @@ class Execution:
 
     def _compare_whole(self, step: Step) -> None:
         blocks = self._blocks(step)
-        self._note_frozen(step, not all(_same(values, base) for _, values, base in blocks))
+        self._note_frozen(step, not all(base is None or equals_rounded(values, base) for _, values, base in blocks))
 
     def _note_frozen(self, step: Step, differs: bool) -> None:
         if differs:
@@ -270,19 +271,6 @@ def _computed(update: Update, step: Step, part: Region, values: Array, base: Arr
 
 def _at_most_float32(values: Array) -> Array:
     return values.astype(np.float32) if values.dtype == np.float64 else values
-
-
-def _same(values: Array, base: Array | None) -> bool:
-    """Whether the values are the base's, rounded to their dtype, bit for bit."""
-    if base is None:
-        return True
-    with np.errstate(over="ignore"):
-        rounded = np.ascontiguousarray(base.astype(values.dtype))
-    return bool(np.array_equal(_bits(rounded), _bits(np.ascontiguousarray(values))))
-
-
-def _bits(values: Array) -> Array:
-    return values.reshape(-1).view(np.uint8)
 
 
 def _cast(values: Array, step: Step, source: Source) -> Array:

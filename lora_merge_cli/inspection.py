@@ -13,26 +13,21 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.assets import AssetCheck, check_assets
+from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dialects import Dialect, ScaleOptions, detect_dialect, looks_like_adapter
 from lora_merge_cli.dtypes import is_float
-from lora_merge_cli.equation import Equation
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.measurement import SiteStats, chunk_regions, site_stats
 from lora_merge_cli.records import (
     AdapterSite,
-    Array,
     Index,
     KeyPath,
-    Region,
     TensorSpec,
     display,
-    full_region,
-    grid,
 )
 from lora_merge_cli.report import SCHEMA_VERSION
 from lora_merge_cli.survival import finite
-
-_BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,20 +44,6 @@ class InspectRequest:
     """Whether to read the arrays and measure."""
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     """What is known about alphas."""
-
-
-@dataclass(frozen=True)
-class SiteStats:
-    """Measured from the factors and the kernel; the delta is never formed."""
-
-    relative_norm: float | None
-    """``|delta| / |kernel|``, Frobenius; None where the scale is unknown or the kernel is zero."""
-    relative_norm_worst: float | None
-    """The largest over the stacked layers."""
-    effective_rank: float
-    """Mean over layers and heads of exp(entropy of the normalised singular values) (Roy and Vetterli, 2007)."""
-    non_finite: int
-    """NaN or Inf in the factors and the kernel."""
 
 
 @dataclass(frozen=True)
@@ -250,97 +231,8 @@ def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bo
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.target.startswith("l") else None,
         dtype=spec.dtype.name,
-        stats=_site_stats(checkpoint, index, site) if stats else None,
+        stats=site_stats(checkpoint, site) if stats else None,
     )
-
-
-def _site_stats(checkpoint: Checkpoint, index: Index, site: AdapterSite) -> SiteStats:
-    equation = site.parameters.equation
-    spec = index.tensors[site.targets[0]]
-    a, b = (
-        checkpoint.source.read(path, full_region(index.tensors[path].shape)).astype(np.float64)
-        for path in (site.factors["lora_a"], site.factors["lora_b"])
-    )
-    bad = int(np.sum(~np.isfinite(a))) + int(np.sum(~np.isfinite(b)))
-    stacked = equation.target.startswith("l")
-    kernel_sq = np.zeros(spec.shape[0] if stacked else 1)
-    for region in _regions(checkpoint, spec):
-        values = checkpoint.source.read(spec.path, region).astype(np.float32)
-        bad += int(np.sum(~np.isfinite(values)))
-        squares = np.square(values, dtype=np.float64)
-        if stacked:
-            kernel_sq[region[0]] += squares.reshape(squares.shape[0], -1).sum(axis=1)
-        else:
-            kernel_sq += squares.sum()
-    if bad:
-        return SiteStats(None, None, 0.0, bad)
-    singular = delta_singular_values(equation, a, b)
-    delta_sq = np.square(singular).sum(axis=-1)
-    per_layer = delta_sq.reshape(len(kernel_sq), -1).sum(axis=1)
-    scale = site.parameters.scale.value
-    ratios = None
-    if scale is not None and np.all(kernel_sq > 0):
-        ratios = abs(scale) * np.sqrt(per_layer / kernel_sq)
-    total = None if ratios is None or scale is None else float(abs(scale) * np.sqrt(per_layer.sum() / kernel_sq.sum()))
-    return SiteStats(
-        relative_norm=total,
-        relative_norm_worst=None if ratios is None else float(ratios.max()),
-        effective_rank=_effective_rank(singular),
-        non_finite=0,
-    )
-
-
-def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:
-    """Singular values of the unscaled delta, per index of the batch dims, from the factors alone.
-
-    With QR factors ``A = Q_a R_a`` and ``B^T = Q_b R_b`` the delta is ``Q_a (R_a R_b^T) Q_b^T``, whose singular values are those of
-    the small matrix in the middle.
-
-    Args:
-        equation: Which dims are batch, inputs, rank and outputs.
-        a: lora_a, float64.
-        b: lora_b, float64.
-
-    Returns:
-        float64, dims batch (flattened) and rank, descending.
-    """
-    summed = tuple(equation.b.index(dim) for dim in equation.summed)
-    b = b.sum(axis=summed)
-    b_dims = [dim for dim in equation.b if dim not in equation.summed]
-    left = _matrices(a, list(equation.a), equation.batch, equation.inputs, equation.rank)
-    right = _matrices(b, b_dims, equation.batch, equation.outputs, equation.rank)
-    middle = np.linalg.qr(left, mode="r") @ np.swapaxes(np.linalg.qr(right, mode="r"), -1, -2)
-    return np.linalg.svd(middle, compute_uv=False)
-
-
-def _matrices(values: Array, dims: list[str], batch: str, rows: str, rank: str) -> Array:
-    order = [dims.index(dim) for dim in (*batch, *(d for d in dims if d in rows), rank)]
-    moved = np.transpose(values, order)
-    lead = int(np.prod(moved.shape[: len(batch)]))
-    return moved.reshape(lead, -1, moved.shape[-1])
-
-
-def _effective_rank(singular: Array) -> float:
-    total = singular.sum(axis=-1, keepdims=True)
-    used = singular[total[:, 0] > 0]
-    if not len(used):
-        return 0.0
-    share = used / used.sum(axis=-1, keepdims=True)
-    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
-    return float(np.exp(entropy).mean())
-
-
-def _regions(checkpoint: Checkpoint, spec: TensorSpec) -> list[Region]:
-    """Whole chunks, several at a time along the first axis where they are small."""
-    chunk = [max(1, n) for n in checkpoint.source.chunk(spec.path)]
-    block = list(chunk)
-    for axis in reversed(range(len(block))):
-        size = int(np.prod(block)) * spec.dtype.itemsize
-        room = max(1, _BLOCK_BYTES // max(1, size))
-        block[axis] = min(max(1, spec.shape[axis]), block[axis] * room)
-        if block[axis] < spec.shape[axis]:
-            break
-    return list(grid(full_region(spec.shape), block))
 
 
 def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tuple[BaseRow, ...]:
@@ -361,12 +253,10 @@ def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tupl
 
 def _compare_leaf(checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, partner: KeyPath) -> BaseRow:
     equal, change_sq, base_sq = True, 0.0, 0.0
-    for region in _regions(checkpoint, spec):
+    for region in chunk_regions(checkpoint, spec):
         values = checkpoint.source.read(spec.path, region)
         reference = base.source.read(partner, region)
-        with np.errstate(over="ignore"):
-            rounded = reference.astype(values.dtype)
-        equal = equal and np.array_equal(rounded.reshape(-1).view(np.uint8), values.reshape(-1).view(np.uint8))
+        equal = equal and equals_rounded(values, reference)
         if is_float(values.dtype):
             difference = values.astype(np.float32) - reference.astype(np.float32)
             change_sq += float(np.square(difference, dtype=np.float64).sum())

@@ -18,7 +18,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclass(frozen=True)
 class RealisedSums:
-    """Per row of a tile, for one dtype, in units of the delta's largest entry squared; see `survival.Realised`."""
+    """Per row of a tile, for one dtype, in squared units of `fuse_tile`; see `survival.Realised`."""
 
     q_dot_d: Any
     error_sq: Any
@@ -29,20 +29,15 @@ class RealisedSums:
 
 @dataclass(frozen=True)
 class FusedTile:
-    """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host.
-
-    Squares are summed in units of the largest entry, so that float32 neither overflows nor loses them.
-    """
+    """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host."""
 
     values: Any
     kernel_finite: Any
     finite: Any
     delta_sq: Any
-    """In units of `max_abs` squared."""
+    """In squared units of `fuse_tile`."""
     kernel_sq: Any
-    """In units of `kernel_max_abs` squared."""
     max_abs: Any
-    kernel_max_abs: Any
     realised: dict[str, RealisedSums]
 
     def to_host(self) -> FusedTile:
@@ -53,7 +48,7 @@ class FusedTile:
 jax.tree_util.register_dataclass(RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], [])
 jax.tree_util.register_dataclass(
     FusedTile,
-    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "kernel_max_abs", "realised"],
+    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised"],
     [],
 )
 
@@ -65,6 +60,7 @@ def fuse_tile(
     b: Array,
     basis: Array,
     scale: np.float32,
+    unit: np.float32,
     *,
     outputs_first: bool,
     dtype: str,
@@ -80,12 +76,13 @@ def fuse_tile(
         b: lora_b's part, rank by outputs, float32, already summed where the model sums it alone.
         basis: The tile's rows of an orthonormal basis of lora_a's columns, inputs by rank, float32.
         scale: What the product is multiplied by.
+        unit: About the size of the delta. Squares are summed in squared units, so that float32 neither overflows nor loses them.
         outputs_first: Whether `kernel` and `base` are outputs by inputs instead.
         dtype: The name of the dtype to round to.
         serving_dtype: The name of the dtype that a server will cast to; survival is measured for both.
         device: The JAX device to compute on.
     """
-    operands = jax.device_put((kernel, base, a, b, basis, scale), device)
+    operands = jax.device_put((kernel, base, a, b, basis, scale, unit), device)
     return _fuse(outputs_first, dtype, serving_dtype, *operands)  # type: ignore[no-any-return]
 
 
@@ -100,21 +97,21 @@ def _fuse(
     b: Any,
     basis: Any,
     scale: Any,
+    unit: Any,
 ) -> FusedTile:
     layout = "oi" if outputs_first else "io"
     kernel = kernel.astype(jnp.float32)
     delta = scale * jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
     result = (kernel if base is None else base.astype(jnp.float32)) + delta
     values = result.astype(dtype_named(dtype))
-    max_abs, kernel_max_abs = jnp.max(jnp.abs(delta)), jnp.max(jnp.abs(kernel))
-    unit_delta = delta / _nonzero(max_abs)
-    unit_kernel = kernel / _nonzero(kernel_max_abs)
+    per_unit = 1 / unit
+    unit_delta = delta * per_unit
     realised = {}
     for name in dict.fromkeys((dtype, serving_dtype)):
         cast = dtype_named(name)
         # A server casts what is stored, so the stored values are what it rounds once more.
         q = values.astype(cast).astype(jnp.float32) - kernel.astype(cast).astype(jnp.float32)
-        unit_q = q / _nonzero(max_abs)
+        unit_q = q * per_unit
         error = unit_q - unit_delta
         realised[name] = RealisedSums(
             q_dot_d=jnp.sum(unit_q * unit_delta, axis=-1),
@@ -127,12 +124,7 @@ def _fuse(
         kernel_finite=jnp.all(jnp.isfinite(kernel)),
         finite=jnp.all(jnp.isfinite(values)),
         delta_sq=jnp.sum(unit_delta * unit_delta, axis=-1),
-        kernel_sq=jnp.sum(unit_kernel * unit_kernel, axis=-1),
-        max_abs=max_abs,
-        kernel_max_abs=kernel_max_abs,
+        kernel_sq=jnp.sum(kernel * kernel, axis=-1),
+        max_abs=jnp.max(jnp.abs(delta)),
         realised=realised,
     )
-
-
-def _nonzero(largest: Any) -> Any:
-    return jnp.where(largest > 0, largest, jnp.float32(1))

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_merge_cli.dialects.interface import ScaleOptions
+from lora_merge_cli.dialects.openpi import OpenPI
+from lora_merge_cli.formats import open_checkpoint
 from tests import trees
 from tests.checkpoints import restore_flat, save_step
 from tests.command import run
@@ -240,3 +243,35 @@ def test_base_is_checked_bit_for_bit(tmp_path: Path) -> None:
     assert refused.code == 4
     assert "1 of 17 that differ: params/PaliGemma/llm/layers/pre_ffw_norm_1/scale" in refused.error
     assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("case", ["both experts", "full multi-head attention", "unstacked"])
+def test_the_forward_that_a_site_states_is_the_layers(case: str, tmp_path: Path) -> None:
+    """What a site says the model computes, against the layer as OpenPI writes it."""
+    tree, suffix, _ = CASES[case]
+    item = save_step(tmp_path / "1", nest(tree.leaves, suffix=suffix)) / "params"
+    index = open_checkpoint(item).source.index()
+    sites = OpenPI().survey(index, ScaleOptions({"": 6.0}), "x").sites
+    assert len(sites) == len(tree.changed)
+    rng = np.random.default_rng(2)
+    for site in sites:
+        paths = [site.targets[0], site.factors["lora_a"], site.factors["lora_b"]]
+        w, a, b = (tree.leaves[path[1 : len(path) - len(suffix)]].astype(np.float64) for path in paths)
+        if "l" in site.parameters.equation.target:
+            w, a, b = w[1], a[1], b[1]
+        scale = site.parameters.scale.value
+        assert scale is not None
+        x_dims = site.forward.base.split(",")[0]
+        w_dims = site.forward.base.split(",")[1].split("->")[0]
+        sizes = dict(zip(w_dims, w.shape, strict=True))
+        x = rng.standard_normal([sizes.get(dim, 3) for dim in x_dims])
+        stated = np.einsum(site.forward.base, x, w)
+        stated = stated + scale * np.einsum(site.forward.up, np.einsum(site.forward.down, x, a), b)
+        if site.module == "gating_einsum":
+            real = np.stack(trees.gating_forward(x, w, a, b))
+        elif site.module == "linear":
+            real = trees.linear_forward(x, w, a, b)
+        else:
+            real = trees.attention_forward(site.module, x, w, a, b, scale)
+        assert stated.shape == real.shape
+        assert np.abs(stated - real).max() <= 1e-12 * np.abs(real).max()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.equation import Equation
-from lora_merge_cli.inspection import delta_singular_values
+from lora_merge_cli.measurement import delta_singular_values
 from lora_merge_cli.operations.add_delta import AddDelta, input_basis
 from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, full_region, grid
 from lora_merge_cli.survival import Moments, Survival

@@ -192,6 +192,7 @@ def merge(
 ) -> None:
     """Fuse the adapters inside a checkpoint into its kernels and write a dense checkpoint."""
     with boundary(verbose=verbose):
+        from lora_merge_cli._cli.allocator import keep_freed_memory
         from lora_merge_cli._cli.console import print_plan, print_report, progress
         from lora_merge_cli._cli.parsing import parse_scales
         from lora_merge_cli.errors import UsageError
@@ -219,6 +220,7 @@ def merge(
                 done = prepared.report()
                 reports.write(done)
             else:
+                keep_freed_memory()
                 with progress(visible=not quiet) as listener:
                     done = run(prepared, listener, reports.write)
             reports.publish()

@@ -105,6 +105,7 @@ class LowRankUpdate:
         b = lora_b.astype(FLOAT32).sum(axis=summed, dtype=FLOAT32)
         self._b = _arranged(b, "".join(dim for dim in equation.b if dim not in equation.summed), batch + rank + outputs)
         self._basis = input_basis(self._a, len(batch))
+        self._unit = _delta_unit(scale, self._a, self._b)
         self._stacked = equation.target[0] in batch
         self._layers = tuple(Moments() for _ in range(shape[0] if self._stacked else 1))
         self._projections: dict[tuple[int, ...], _Projection] = {}
@@ -127,6 +128,7 @@ class LowRankUpdate:
             b,
             basis,
             self._scale,
+            self._unit,
             outputs_first=self._outputs_first,
             dtype=self._dtype.name,
             serving_dtype=self._serving_dtype.name,
@@ -157,17 +159,17 @@ class LowRankUpdate:
                 hint="use --dtype float32 or bfloat16",
             )
         layer = self._layers[region[0].start if self._stacked else 0]
-        unit, kernel_unit = float(tile.max_abs) ** 2, float(tile.kernel_max_abs) ** 2
+        unit = float(self._unit) ** 2
         layer.add(
             Moments(
                 delta_sq=_total(tile.delta_sq) * unit,
-                kernel_sq=_total(tile.kernel_sq) * kernel_unit,
+                kernel_sq=_total(tile.kernel_sq),
                 max_abs=float(tile.max_abs),
                 entries=tile.values.size,
                 realised={
                     name: Realised(
-                        q_dot_d=_total(sums.q_dot_d) * (unit or 1.0),
-                        error_sq=_total(sums.error_sq) * (unit or 1.0),
+                        q_dot_d=_total(sums.q_dot_d) * unit,
+                        error_sq=_total(sums.error_sq) * unit,
                         unchanged=int(np.sum(sums.unchanged, dtype=np.int64)),
                     )
                     for name, sums in tile.realised.items()
@@ -249,6 +251,13 @@ def _even_part(extent: int, limit: int) -> int:
     parts = -(-extent // limit)
     even = -(-extent // parts)
     return min(-(-even // _ALIGNMENT) * _ALIGNMENT, limit)
+
+
+def _delta_unit(scale: np.float32, a: Array, b: Array) -> np.float32:
+    """A power of two about the size of the largest product of a factor's entries."""
+    largest = abs(float(scale)) * float(np.abs(a).max(initial=0)) * float(np.abs(b).max(initial=0))
+    exponent = math.frexp(largest)[1] if largest else 0
+    return np.float32(2.0 ** min(max(exponent, -120), 120))
 
 
 def _arranged(values: Array, dims: str, order: str) -> Array:
