@@ -201,6 +201,8 @@ def merge(
         from lora_merge_cli.plan import MergeOptions
         from lora_merge_cli.reports import ReportFiles, check_report_paths
 
+        # Before the first thread: each would take its memory from an arena of its own.
+        keep_freed_memory()
         if output is None and not dry_run:
             raise UsageError("an output directory is needed", hint="pass -o OUT, or --dry-run")
         options = MergeOptions(
@@ -220,7 +222,6 @@ def merge(
                 done = prepared.report()
                 reports.write(done)
             else:
-                keep_freed_memory()
                 with progress(visible=not quiet) as listener:
                     done = run(prepared, listener, reports.write)
             reports.publish()
