@@ -203,7 +203,12 @@ def merge(
 
 def _refuse_repeat(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
     """Refuse an adapter that the checkpoint's provenance says is in its kernels already."""
-    merged = {site.get("adapter_digest") for document in _parents(checkpoint) for site in document.get("sites", ())}
+    merged = {
+        site.get("adapter_digest")
+        for document in _parents(checkpoint)
+        for site in document.get("sites") or ()
+        if isinstance(site, dict)
+    }
     again = [name for name, digest in digests.items() if digest in merged]
     if again:
         raise AlreadyMerged(
@@ -234,7 +239,7 @@ def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
         return ()
     try:
         document = json.loads(checkpoint.provenance.read_text())
-        older = tuple(document.pop("parents", ()))
+        older = tuple(entry for entry in document.pop("parents", ()) if isinstance(entry, dict))
     except (OSError, ValueError, AttributeError, TypeError):
         return ({"unreadable": str(checkpoint.provenance)},)
     return (document, *older)

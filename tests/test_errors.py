@@ -489,7 +489,16 @@ def test_names_and_links_that_lead_nowhere(tmp_path: Path) -> None:
 
 def test_provenance_of_another_kind_does_not_matter(tmp_path: Path) -> None:
     step = saved(tmp_path, leaves())
-    for number, text in enumerate(('{"parents": null}', "[]", "{", '{"sites": [3], "parents": 5}')):
+    for number, text in enumerate(
+        (
+            '{"parents": null}',
+            "[]",
+            "{",
+            '{"sites": [3], "parents": 5}',
+            '{"sites": [3], "parents": [4]}',
+            '{"sites": null}',
+        )
+    ):
         (step / "lora_merge.json").write_text(text)
         outcome = run("merge", step, "-o", tmp_path / f"out{number}", *ALPHA)
         assert outcome.code == 0, outcome.stderr
