@@ -238,7 +238,7 @@ def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     if checkpoint.provenance is None:
         return ()
     try:
-        document = json.loads(checkpoint.provenance.read_text())
+        document = json.loads(checkpoint.provenance.read_text(), parse_constant=lambda _: None)
         older = tuple(entry for entry in document.pop("parents", ()) if isinstance(entry, dict))
     except (OSError, ValueError, AttributeError, TypeError):
         return ({"unreadable": str(checkpoint.provenance)},)

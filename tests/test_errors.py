@@ -496,7 +496,7 @@ def test_provenance_of_another_kind_does_not_matter(tmp_path: Path) -> None:
             "{",
             '{"sites": [3], "parents": 5}',
             '{"sites": [3], "parents": [4]}',
-            '{"sites": null}',
+            '{"sites": null, "x": NaN}',
         )
     ):
         (step / "lora_merge.json").write_text(text)

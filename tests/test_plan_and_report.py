@@ -180,6 +180,7 @@ def test_rslora_stands_alone_or_names_experts(step: Path) -> None:
     assert scales("-q", "--rslora") == root
     assert scales("-q", "--rslora", "paligemma") == plain | {"paligemma": 6.0}
     assert scales("-q", "--rslora=action_expert,paligemma") == root
+    assert scales("-q", "--rslora", "paligemma=true,action_expert=false") == plain | {"paligemma": 6.0}
     assert scales("-q") == plain
 
 

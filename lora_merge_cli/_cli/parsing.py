@@ -11,11 +11,17 @@ from lora_merge_cli.errors import UsageError
 
 EVERY_GROUP = "all"
 
+_YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
+
 _GROUPS = tuple(dict.fromkeys(group for dialect in DIALECTS for group in dialect.groups))
 
 
 def parse_scales(alpha: str | None, rslora: str | None) -> ScaleOptions:
-    """The values of ``--lora-alpha`` (``12`` or ``paligemma=12,action_expert=2``) and ``--rslora`` (``all`` or group names).
+    """The values of ``--lora-alpha`` and ``--rslora``.
+
+    Args:
+        alpha: ``12``, or ``paligemma=12,action_expert=2``.
+        rslora: ``all``, or names of groups, also as ``paligemma=true,action_expert=false``.
 
     Raises:
         UsageError: A value has another form, or names no group.
@@ -31,8 +37,8 @@ def attach_rslora(arguments: Sequence[str]) -> list[str]:
 
     What follows it is its value only if it names groups: ``--rslora CKPT`` leaves CKPT alone.
     """
-    names = "|".join((*_GROUPS, EVERY_GROUP))
-    value = re.compile(rf"(?:{names})(?:,(?:{names}))*")
+    part = rf"(?:{'|'.join((*_GROUPS, EVERY_GROUP))})(?:=(?:{'|'.join((*_YES, *_NO))}))?"
+    value = re.compile(rf"{part}(?:,{part})*")
     attached: list[str] = []
     waiting = False
     for argument in arguments:
@@ -69,8 +75,11 @@ def _alphas(text: str) -> dict[str, float]:
 
 
 def _rslora_groups(text: str) -> list[str]:
-    groups = ["" if name == EVERY_GROUP else name.strip() for name in text.split(",")]
-    for group in groups:
-        if group and group not in _GROUPS:
+    groups = []
+    for part in text.split(","):
+        group, _, wanted = part.partition("=")
+        if group not in (*_GROUPS, EVERY_GROUP) or wanted not in ("", *_YES, *_NO):
             raise UsageError("--rslora names no expert", expected=f"{', '.join(_GROUPS)} or nothing", found=text)
+        if wanted not in _NO:
+            groups.append("" if group == EVERY_GROUP else group)
     return groups
