@@ -450,7 +450,7 @@ def test_random_keys_are_not_turned_into_numbers(tmp_path: Path) -> None:
 
 
 def test_a_single_array_is_no_tree(tmp_path: Path) -> None:
-    path = save_item(tmp_path / "one", np.ones(3))
+    path = save_item(tmp_path / "one", np.ones(1))
     assert "no tree" in refuse(4, path, tmp_path / "out")
 
 
