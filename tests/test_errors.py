@@ -450,7 +450,10 @@ def test_random_keys_are_not_turned_into_numbers(tmp_path: Path) -> None:
 
 
 def test_a_single_array_is_no_tree(tmp_path: Path) -> None:
-    path = save_item(tmp_path / "one", np.ones(1))
+    path = save_item(tmp_path / "one", {"x": np.ones(3)})
+    metadata = json.loads((path / "_METADATA").read_text())
+    next(iter(metadata["tree_metadata"].values()))["key_metadata"] = []
+    (path / "_METADATA").write_text(json.dumps(metadata))
     assert "no tree" in refuse(4, path, tmp_path / "out")
 
 
