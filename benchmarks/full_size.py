@@ -123,6 +123,8 @@ def main() -> None:
         wall, user, system, peak = zip(*runs, strict=True)
         middle = [statistics.median(values) for values in (wall, user, system)]
         print(f"{name:10}{middle[0]:11.1f}s{min(wall):9.1f}s{middle[1]:7.1f}s{middle[2]:7.1f}s{max(peak):10.2f}")
+    planned = json.loads((merged / "lora_merge.json").read_text())["peak_bytes_planned"] / 2**30
+    print(f"the plan said {planned:.1f} GiB")
     ratio = statistics.median(run[0] for run in rows["merge"]) / statistics.median(run[0] for run in rows["cp -r"])
     print(f"merge takes {ratio:.1f} times the copy (medians)")
     shutil.rmtree(copy)

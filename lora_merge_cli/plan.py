@@ -38,8 +38,9 @@ DTYPE_CHOICES = ("auto", "keep", "float32", "bfloat16", "float16")
 _READ_TARGET = 64 * 2**20
 _WRITE_TARGET = 128 * 2**20
 _PIPELINE = 4
+_BYTES_IN_FLIGHT = 256 * 2**20  # about what a sink keeps waiting
 _FACTOR_BYTES_PER_ENTRY = 32  # two factors and a basis in float32, and the float64 copies that the basis is made from
-_RUNTIME_BYTES = 500 * 2**20
+_RUNTIME_BYTES = 400 * 2**20
 
 
 @dataclass(frozen=True)
@@ -376,13 +377,17 @@ def _write_block(output: TensorSpec, read_block: Sequence[int], tile: Sequence[i
 
 
 def _peak_bytes(steps: Sequence[Step], factors: Mapping[KeyPath, TensorSpec]) -> int:
-    """Largest over the leaves: what is read, decoded from as much again, and the blocks that wait to be written."""
-    largest = 0
+    """An estimate: the largest block read and what it was decoded from, and beside it what still waits to be stored."""
+    reading = writing = 0
+    waiting = _BYTES_IN_FLIGHT
     for step in steps:
         read = math.prod(step.read_block) * step.source.dtype.itemsize
+        if step.origin == "copied":
+            # A stored value is kept in one piece until the format has it.
+            waiting = max(waiting, read)
         if step.base is not None:
             read += math.prod(step.read_block) * step.base.dtype.itemsize
-        write = math.prod(step.write_block) * step.output.dtype.itemsize
-        largest = max(largest, 2 * read + 2 * _PIPELINE * write)
+        reading = max(reading, read)
+        writing = max(writing, math.prod(step.write_block) * step.output.dtype.itemsize)
     held = max((spec.size for spec in factors.values()), default=0)
-    return _RUNTIME_BYTES + largest + held * _FACTOR_BYTES_PER_ENTRY
+    return _RUNTIME_BYTES + 2 * reading + 2 * waiting + _PIPELINE * writing + held * _FACTOR_BYTES_PER_ENTRY
