@@ -37,6 +37,11 @@ class Equation:
         """Dims that both factors and the kernel have, in the kernel's order."""
         return "".join(dim for dim in self.target if dim in self.a and dim in self.b)
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the kernel's first dim is l, the stacked layers."""
+        return self.target.startswith("l")
+
     @functools.cached_property
     def inputs(self) -> str:
         """Dims that the kernel contracts with its input: ``lora_a``'s alone."""

@@ -6,6 +6,8 @@ expected and found, and what to do. `exit_code` is the process's exit status for
 
 from __future__ import annotations
 
+_REASON_LENGTH = 300
+
 
 class LoraMergeError(Exception):
     """Base of every expected failure.
@@ -138,6 +140,20 @@ class DiskFull(ResourceError):
 
 class NotPermitted(ResourceError):
     """The operating system denied access to a file or folder."""
+
+
+def storage_refusal(where: object, error: Exception) -> ResourceError:
+    """The refusal that an error of the operating system stands for, or one of a library on top of it.
+
+    Only the text tells what went wrong where TensorStore, or `shutil` over several files, reports it.
+    """
+    reason = (getattr(error, "strerror", None) or str(error)).split(" [", maxsplit=1)[0][:_REASON_LENGTH]
+    lowered = str(error).lower()
+    if any(words in lowered for words in ("no space", "quota", "file too large")):
+        return DiskFull("the disk is full", where=where, found=reason, hint="free some space, or write elsewhere")
+    if isinstance(error, PermissionError) or any(w in lowered for w in ("read-only", "denied", "permission")):
+        return NotPermitted("access is denied", where=where, found=reason)
+    return ResourceError("the operating system refuses", where=where, found=reason)
 
 
 class Terminated(BaseException):

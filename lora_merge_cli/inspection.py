@@ -51,6 +51,7 @@ class SiteRow:
     """One site, as it stands in the checkpoint."""
 
     target: str
+    label: str
     group: str
     module: str
     rank: int
@@ -222,6 +223,7 @@ def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bo
     scale = site.parameters.scale
     return SiteRow(
         target=site.name,
+        label=site.label,
         group=site.group,
         module=site.module,
         rank=site.parameters.rank,
@@ -229,7 +231,7 @@ def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bo
         scale=scale.value,
         scale_source=scale.source,
         scale_assumed=scale.assumed,
-        layers=spec.shape[0] if site.parameters.equation.target.startswith("l") else None,
+        layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
         stats=site_stats(checkpoint, site) if stats else None,
     )

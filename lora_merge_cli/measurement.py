@@ -37,7 +37,7 @@ def site_stats(checkpoint: Checkpoint, site: AdapterSite) -> SiteStats:
         for path in (site.factors["lora_a"], site.factors["lora_b"])
     )
     bad = int(np.sum(~np.isfinite(a))) + int(np.sum(~np.isfinite(b)))
-    stacked = equation.target.startswith("l")
+    stacked = equation.stacked
     kernel_sq = np.zeros(spec.shape[0] if stacked else 1)
     for region in chunk_regions(checkpoint, spec):
         values = checkpoint.source.read(spec.path, region).astype(np.float32)

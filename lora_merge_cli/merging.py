@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 PROVENANCE = "lora_merge.json"
 
-_PARAMS = "params"
 _GAIN_WORTH_A_WARNING = 0.98
 _PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
@@ -161,7 +160,7 @@ def merge(
     from lora_merge_cli.execute import Execution
 
     device = find_device(prepared.request.device)
-    item = checkpoint.item or (_PARAMS if plan.model.name != "unknown" else None)
+    item = checkpoint.item or plan.model.item
     with staged(output, overwrite=prepared.request.overwrite) as stage:
         sink = format_named(checkpoint.format).sink(stage, checkpoint, item)
         execution = Execution(

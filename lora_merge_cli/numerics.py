@@ -103,14 +103,13 @@ def _fuse(
     kernel = kernel.astype(jnp.float32)
     delta = scale * jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
     result = (kernel if base is None else base.astype(jnp.float32)) + delta
-    values = result.astype(dtype_named(dtype))
+    values = _rounded(result, dtype).astype(dtype_named(dtype))
     per_unit = 1 / unit
     unit_delta = delta * per_unit
     realised = {}
     for name in dict.fromkeys((dtype, serving_dtype)):
-        cast = dtype_named(name)
         # A server casts what is stored, so the stored values are what it rounds once more.
-        q = values.astype(cast).astype(jnp.float32) - kernel.astype(cast).astype(jnp.float32)
+        q = _rounded(values.astype(jnp.float32), name) - _rounded(kernel, name)
         unit_q = q * per_unit
         error = unit_q - unit_delta
         realised[name] = RealisedSums(
@@ -128,3 +127,11 @@ def _fuse(
         max_abs=jnp.max(jnp.abs(delta)),
         realised=realised,
     )
+
+
+def _rounded(values: Any, dtype: str) -> Any:
+    """float32 values on the grid of a dtype."""
+    if dtype == "bfloat16":
+        # XLA may drop a cast to bfloat16 and back as excess precision; it never drops this.
+        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    return values.astype(dtype_named(dtype)).astype(jnp.float32)

@@ -211,10 +211,8 @@ def _select(
 
 
 def _names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:
-    """What a site may be called: its kernel's full path, that without what all paths share, and its module's."""
-    short = dialect.canonical(site.targets[0])
-    module = tuple(part for part in short if part != "w")
-    return site.targets[0], short, module
+    """What a site may be called: its kernel's full path, that without what all paths share, and its label."""
+    return site.targets[0], dialect.canonical(site.targets[0]), (site.label,)
 
 
 def _matches(names: Sequence[KeyPath], patterns: Sequence[str]) -> bool:

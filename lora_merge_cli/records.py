@@ -147,6 +147,8 @@ class AdapterSite:
     """The part of the model that shares an alpha, for example an expert."""
     module: str
     """The kind of module, for example ``q_einsum``."""
+    label: str
+    """A short name for tables and globs, unique in the checkpoint or nearly so."""
 
     @property
     def name(self) -> str:
@@ -172,6 +174,8 @@ class ModelSummary:
     """The model, or ``unknown``."""
     advice: tuple[str, ...] = ()
     """What to know before serving the merged result."""
+    item: str | None = None
+    """The name of the folder that its servers read the arrays from."""
     needs_quantiles: bool = False
     """Whether its servers normalise by quantiles, q01 and q99, and not by mean and std."""
 

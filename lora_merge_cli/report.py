@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class SiteRecord:
     """One site: what it is, and, once merged, what became of its delta."""
 
     target: str
+    label: str
     group: str
     module: str
     operation: str
@@ -136,6 +138,7 @@ def site_record(
     scale = site.parameters.scale
     record = SiteRecord(
         target=site.name,
+        label=site.label,
         group=site.group,
         module=site.module,
         operation=site.operation,
@@ -173,17 +176,13 @@ def copied_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
     )
 
 
-def dropped_records(plan: MergePlan, left_out: tuple[str, ...]) -> tuple[DroppedRecord, ...]:
+def dropped_records(plan: MergePlan, left_out: Mapping[str, str]) -> tuple[DroppedRecord, ...]:
     """The factors that were merged, the leaves that were dropped, and the folders that were left out."""
     factors = (
         DroppedRecord("/".join(map(str, path)), "adapter factor, merged into its kernel") for path in plan.factors
     )
     leaves = (DroppedRecord("/".join(map(str, leaf.path)), leaf.reason) for leaf in plan.dropped)
-    reasons = {"train_state": "the optimiser's state does not fit the merged parameters"}
-    folders = (
-        DroppedRecord(f"{name} (beside the parameters)", reasons.get(name, "not part of the parameters"))
-        for name in left_out
-    )
+    folders = (DroppedRecord(f"{name} (beside the parameters)", reason) for name, reason in left_out.items())
     return (*factors, *leaves, *folders)
 
 

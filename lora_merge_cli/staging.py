@@ -11,19 +11,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_merge_cli.errors import (
-    DiskFull,
-    LoraMergeError,
-    NotPermitted,
-    OutputExists,
-    ResourceError,
-    UnsafeOutput,
-)
+from lora_merge_cli.errors import DiskFull, NotPermitted, OutputExists, UnsafeOutput, storage_refusal
 
 _MARK = ".lora-merge-"
 _LOCK = ".lock"
 _OLD = "old"
-_REASON_LENGTH = 300
 _RESERVE_BYTES = 16 * 2**20
 
 
@@ -161,15 +153,4 @@ def filesystem(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _refusal(where, error) from error
-
-
-def _refusal(where: Path, error: OSError) -> LoraMergeError:
-    # Only its text tells what went wrong with the files of a `shutil.Error`.
-    reason = error.strerror or str(error)
-    lowered = reason.lower()
-    if "no space" in lowered or "quota" in lowered:
-        return DiskFull("the disk is full", where=where, found=reason[:_REASON_LENGTH])
-    if isinstance(error, PermissionError) or "read-only" in lowered or "denied" in lowered:
-        return NotPermitted("access is denied", where=where, found=reason[:_REASON_LENGTH])
-    return ResourceError("the operating system refuses", where=where, found=reason[:_REASON_LENGTH])
+        raise storage_refusal(where, error) from error

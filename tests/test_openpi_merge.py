@@ -161,6 +161,16 @@ def test_a_checkpoint_that_is_merged_keeps_its_spelling(tmp_path: Path) -> None:
         assert set(attention["q_einsum"]) == {"w"}
 
 
+def test_heads_are_not_taken_for_layers(tmp_path: Path) -> None:
+    """A tree without stacked layers has one layer per site, whatever its first dim."""
+    tree, suffix, flags = CASES["unstacked"]
+    step = save_step(tmp_path / "1", nest(tree.leaves, suffix=suffix))
+    sites = run("merge", step, "-o", tmp_path / "out", *flags, "--json").json["sites"]
+    assert {len(site["layers"]) for site in sites} == {1}
+    assert "attn/q_einsum_1" in {site["label"] for site in sites}
+    assert {site["layers"] for site in run("inspect", step, "--json").json["sites"]} == {None}
+
+
 def test_scale_multiplies_the_whole_delta(tmp_path: Path) -> None:
     tree = build(PALIGEMMA, ACTION)
     step = save_step(tmp_path / "1", nest(tree.leaves))

@@ -38,6 +38,7 @@ def site_for(equation: str, rank: int, scale: float) -> AdapterSite:
         forward=Forward("", "", ""),
         group="",
         module="",
+        label="w",
     )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OFF_TERMINAL_WIDTH = 100
 _MANY = 12
+_NAME_WIDTH = 28
 
 
 def _console() -> Console:
@@ -60,8 +61,7 @@ class _Bar:
         self._task = self._bar.add_task("merging", total=total_bytes)
 
     def advance(self, name: str, done_bytes: int) -> None:
-        short = name.removesuffix("/value").split("/")[-2:]
-        self._bar.update(self._task, advance=done_bytes, description="/".join(short)[-28:])
+        self._bar.update(self._task, advance=done_bytes, description=name[-_NAME_WIDTH:])
 
 
 def print_inspection(found: Inspection) -> None:
@@ -110,7 +110,7 @@ def print_report(report: MergeReport) -> None:
     for site in report.sites:
         stored, served = (survival_for(site, d) for d in (site.dtype, report.serving_dtype))
         table.add_row(
-            escape(_short(site.target)),
+            escape(site.label),
             str(site.rank),
             _starred(site),
             figure(site.relative_norm),
@@ -155,20 +155,13 @@ def _starred(site: SiteRow | SiteRecord) -> str:
     return f"{site.scale:.4g}{'*' if site.scale_assumed else ''}"
 
 
-def _short(target: str) -> str:
-    """A site's name without what all names share."""
-    for noise in ("params/", "PaliGemma/llm/layers/"):
-        target = target.removeprefix(noise)
-    return target.removesuffix("/value").removesuffix("/w")
-
-
 def _print_sites(console: Console, sites: Sequence[SiteRow]) -> None:
     measured = any(site.stats for site in sites)
     # Either fits 80 columns; both together do not.
     more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
     table = _table("site", ">rank", ">layers", ">scale", *more)
     for site in sites:
-        row = [escape(_short(site.target)), str(site.rank), str(site.layers or "-"), _starred(site)]
+        row = [escape(site.label), str(site.rank), str(site.layers or "-"), _starred(site)]
         if site.stats is None:
             row.append(site.equation)
         else:
@@ -204,7 +197,7 @@ def _print_base(console: Console, rows: Sequence[BaseRow]) -> None:
     table = _table("leaf that is not the base's", "status", ">|change|/|base|")
     for row in rows:
         if row.status not in ("frozen", "adapter"):
-            table.add_row(escape(_short(row.path)), row.status, figure(row.relative_change))
+            table.add_row(escape(row.path), row.status, figure(row.relative_change))
     console.print(table)
 
 
@@ -220,7 +213,7 @@ def _print_report_sites(console: Console, sites: Sequence[SiteRecord]) -> None:
     table = _table("site", ">rank", "equation", ">scale", "stored as")
     for site in sites:
         stored = site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} > {site.dtype}"
-        table.add_row(escape(_short(site.target)), str(site.rank), site.equation, _starred(site), stored)
+        table.add_row(escape(site.label), str(site.rank), site.equation, _starred(site), stored)
     console.print(table)
     for group, source in dict.fromkeys((site.group, site.scale_source) for site in sites):
         console.print(f"[dim]{group}: {escape(source)}[/dim]")

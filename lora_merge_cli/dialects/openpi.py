@@ -200,6 +200,7 @@ class OpenPI:
                 f"serve the merged checkpoint with {variants}: a _lora variant would add fresh random adapters",
                 "the merged params are for inference or as a new starting point, not for --resume",
             ),
+            item="params",
             needs_quantiles=name != "pi0",
         )
 
@@ -313,7 +314,15 @@ def _site(
         forward=factor.rule.forward,
         group=factor.group,
         module=factor.module,
+        label=_label(target),
     )
+
+
+def _label(target: KeyPath) -> str:
+    """A kernel's path without what all kernels share, for example ``attn/q_einsum``."""
+    names = tuple(part for part in target if part not in ("params", "w", "value"))
+    shared = ("PaliGemma", "llm", "layers")
+    return display(names[len(shared) :] if names[: len(shared)] == shared else names)
 
 
 def _stack(equation: str) -> str:

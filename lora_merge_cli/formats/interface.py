@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -116,8 +116,8 @@ class Checkpoint:
     """Files that serving needs beside the arrays."""
     provenance: Path | None = None
     """The provenance file of an earlier merge."""
-    left_out: tuple[str, ...] = ()
-    """Names beside the arrays that a merge does not carry over."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names beside the arrays that a merge does not carry over, and why."""
     notes: tuple[str, ...] = ()
     """What was chosen where the path left a choice."""
 

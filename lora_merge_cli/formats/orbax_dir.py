@@ -21,6 +21,7 @@ PROVENANCE = "lora_merge.json"
 
 _PREFERRED_ITEM = "params"
 _OPTIMISER_ITEM = "train_state"
+_OPTIMISER_REASON = "the optimiser's state does not fit the merged parameters"
 _ASSETS = "assets"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP_NAME = re.compile(r"(?:(.+)[_-])?(\d+)")
@@ -151,9 +152,12 @@ def _open_item(
     number = None if item is None else _step_number(directory)
     if step is not None and step != number:
         raise UsageError(f"--step {step} needs a run directory", where=given)
-    left_out: tuple[str, ...] = ()
-    if item is not None:
-        left_out = tuple(sorted(e.name for e in directory.iterdir() if e.name not in _BOOKKEEPING | {item}))
+    beside = [] if item is None else sorted(entry.name for entry in directory.iterdir())
+    left_out = {
+        name: _OPTIMISER_REASON if name == _OPTIMISER_ITEM else "not part of the parameters"
+        for name in beside
+        if name not in _BOOKKEEPING | {item}
+    }
     assets, provenance = directory / _ASSETS, directory / PROVENANCE
     return Checkpoint(
         format=OrbaxFormat.name,

@@ -16,7 +16,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from lora_merge_cli.errors import DiskFull, LoraMergeError, NotPermitted, ResourceError
+from lora_merge_cli.errors import storage_refusal
 from lora_merge_cli.formats.interface import LeafData, Stored
 from lora_merge_cli.formats.orbax_metadata import Entry, write_step, write_tree
 from lora_merge_cli.formats.waiting import finished
@@ -134,15 +134,4 @@ def _storing(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise _storage_error(path, error) from error
-
-
-def _storage_error(path: Path, error: Exception) -> LoraMergeError:
-    """The refusal that an error of the file system, or of TensorStore on top of it, stands for."""
-    text = str(error)
-    lowered = text.lower()
-    if "no space left" in lowered or "quota exceeded" in lowered or "file too large" in lowered:
-        return DiskFull("the disk is full", where=path, hint="free some space, or write elsewhere")
-    if isinstance(error, PermissionError) or "permission" in lowered or "read-only" in lowered:
-        return NotPermitted("cannot be written", where=path, found=text.split(" [", maxsplit=1)[0][:200])
-    return ResourceError("writing failed", where=path, found=text.split(" [", maxsplit=1)[0][:200])
+        raise storage_refusal(path, error) from error

@@ -106,7 +106,7 @@ class LowRankUpdate:
         self._b = _arranged(b, "".join(dim for dim in equation.b if dim not in equation.summed), batch + rank + outputs)
         self._basis = input_basis(self._a, len(batch))
         self._unit = _delta_unit(scale, self._a, self._b)
-        self._stacked = equation.target[0] in batch
+        self._stacked = equation.stacked
         self._layers = tuple(Moments() for _ in range(shape[0] if self._stacked else 1))
         self._projections: dict[tuple[int, ...], _Projection] = {}
         self._input_entries = math.prod(self._a.shape[len(batch) : -1])

@@ -57,9 +57,8 @@ class ReportFiles:
             NotPermitted, DiskFull, ResourceError: One cannot be written.
         """
         for path in self._paths:
-            inside = self._output is not None and stage is not None and path.is_relative_to(self._output)
             with filesystem(path):
-                if inside and stage is not None and self._output is not None:
+                if stage is not None and self._output is not None and path.is_relative_to(self._output):
                     place = stage / path.relative_to(self._output)
                 else:
                     place = path.with_name(f".{path.name}.part")
