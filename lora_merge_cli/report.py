@@ -1,26 +1,36 @@
-"""What a merge did: the record that every report is made from."""
+"""What a merge, a verification and a comparison found: the records that every report is made from."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from lora_merge_cli.plan import MergePlan
-from lora_merge_cli.records import AdapterSite
-from lora_merge_cli.survival import Moments, Survival
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 
+_SCHEMA_CONFIG = {
+    "extra": "forbid",
+    "use_attribute_docstrings": True,
+    "json_schema_serialization_defaults_required": True,
+}
+"""How `reports.schema` reads the records."""
+
+CheckStatus = Literal["pass", "warn", "fail", "skip"]
+
+
+class _Record:
+    """What every record tells the schema."""
+
+    __pydantic_config__ = _SCHEMA_CONFIG
+
 
 @dataclass(frozen=True)
-class SourceRecord:
+class SourceRecord(_Record):
     """One input."""
 
     role: str
-    """``checkpoint`` or ``base``."""
+    """``checkpoint`` (with the adapters), ``base``, ``merged``, ``a`` or ``b``."""
     path: str
     """Where it was read from."""
     format: str
@@ -32,160 +42,320 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
-class SiteRecord:
+class SurvivalRecord(_Record):
+    """How much of a delta one dtype keeps; see `survival.Survival`. A figure is null where the delta is zero."""
+
+    dtype: str
+    """The dtype that the result is cast to."""
+    gain: float | None
+    """``<q, d> / <d, d>`` of the realised delta q against the ideal one d: 1 is kept."""
+    cosine: float | None
+    """``<q, d> / (|q| |d|)``."""
+    relative_error: float | None
+    """``|q - d| / |d|``."""
+    unchanged: float | None
+    """The share of entries with ``q == 0``."""
+    gain_along_inputs: float | None
+    """The gain of ``U^T q`` against ``U^T d``, U an orthonormal basis of lora_a's columns."""
+    error_along_inputs: float | None
+    """The relative error of ``U^T q`` against ``U^T d``."""
+
+
+@dataclass(frozen=True)
+class ProofRecord(_Record):
+    """How a merged kernel compares with what the model computes without a merge. Of `verify` alone."""
+
+    worst_share: float | None
+    """The largest error of an entry as a share of its bound: right up to 1. Null where an entry is not finite."""
+    beyond: int
+    """How many entries exceed their bound."""
+    forward_error: float | None
+    """``|y' - y| / |y - x w|`` for random inputs x: y as kernel and adapter compute it, y' as the merged kernel does."""
+    forward_share: float | None
+    """The largest error of an output as a share of what the bounds of its kernel's entries allow: right up to 1."""
+    served_error: float | None
+    """``|y' - y| / |y - x w|`` with both kernels cast to the serving dtype."""
+
+
+@dataclass(frozen=True)
+class LayerRecord(_Record):
+    """One stacked layer of a site."""
+
+    layer: int
+    """Its number, from 0."""
+    relative_norm: float | None
+    """``|delta| / |kernel|``, Frobenius."""
+    max_abs: float
+    """The largest entry of the delta, absolute."""
+    survival: tuple[SurvivalRecord, ...]
+    """For the stored dtype, then for the serving one where it is another."""
+    proof: ProofRecord | None = None
+    """How the merged kernel compares with the model's own layer."""
+
+
+@dataclass(frozen=True)
+class SiteRecord(_Record):
     """One site: what it is, and, once merged, what became of its delta."""
 
     target: str
+    """The kernel's path."""
     label: str
+    """A short name, unique in the checkpoint or nearly so."""
     group: str
+    """The part of the model that shares an alpha, for example an expert."""
     module: str
+    """The kind of module."""
     operation: str
+    """What changes the kernel."""
     equation: str
+    """From the factors' dims to the kernel's."""
     rank: int
+    """The adapter's rank."""
     scale: float | None
+    """What the product of the factors is multiplied by; null if nothing states it."""
     scale_source: str
+    """Who says so."""
     scale_assumed: bool
+    """Whether a stock preset, and nobody's word, supplied it."""
     shape: tuple[int, ...]
+    """The kernel's."""
     source_dtype: str
+    """The kernel's dtype before the merge."""
     dtype: str
+    """The kernel's dtype after it."""
     relative_norm: float | None = None
     """``|delta| / |kernel|``, Frobenius."""
     max_abs: float | None = None
     """The largest entry of the delta, absolute."""
+    spectrum: tuple[float, ...] = ()
+    """Singular values of the scaled delta, descending, as root mean squares over layers and heads."""
     adapter_digest: str | None = None
     """A digest of the factors' names, shapes, dtypes and values."""
     non_finite: int = 0
     """Entries of the result that are NaN or Inf: a merge with any is refused."""
-    survival: tuple[Survival, ...] = ()
+    survival: tuple[SurvivalRecord, ...] = ()
     """For the stored dtype, then for the serving one where it is another."""
+    proof: ProofRecord | None = None
+    """How the merged kernel compares with the model's own layers, the worst one of each figure."""
     layers: tuple[LayerRecord, ...] = ()
-    """The same figures per stacked layer."""
+    """The same figures per stacked layer that was looked at."""
 
 
 @dataclass(frozen=True)
-class LayerRecord:
-    """One stacked layer of a site."""
-
-    relative_norm: float | None
-    max_abs: float
-    survival: tuple[Survival, ...]
-
-
-@dataclass(frozen=True)
-class LeafRecord:
+class LeafRecord(_Record):
     """An output leaf that no adapter touched."""
 
     path: str
+    """Its name."""
     origin: str
+    """``copied`` or ``cast``."""
     dtype: str
+    """As stored."""
     nbytes: int
+    """Its size when decoded."""
 
 
 @dataclass(frozen=True)
-class DroppedRecord:
+class DroppedRecord(_Record):
     """An input leaf, or a folder, that the output does not have."""
 
     path: str
+    """Its name."""
     reason: str
+    """Why."""
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class GroupRecord(_Record):
+    """The leaves of one part of the model that the fine-tune treated alike."""
+
+    part: str
+    """The part, for example ``vision tower``."""
+    status: str
+    """``frozen``, ``lora`` (frozen, with an adapter), ``adapter`` or ``trained``."""
+    leaves: int
+    """How many leaves."""
+    parameters: int
+    """How many entries they have."""
+    nbytes: int
+    """Their size when decoded."""
+
+
+@dataclass(frozen=True)
+class CheckRecord(_Record):
+    """One check of a merged checkpoint."""
+
+    id: str
+    """Stable, for example ``fused-exact``; docs/verify.md lists them."""
+    status: CheckStatus
+    """``pass``, ``warn``, ``fail``, or ``skip`` with the reason as message."""
+    message: str
+    """What was found, in one sentence, and what to do about it."""
+    figures: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    """Its numbers by name."""
+    where: tuple[str, ...] = ()
+    """The keys concerned, worst first; not all where there are many."""
+
+
+@dataclass(frozen=True)
+class DifferenceRecord(_Record):
+    """One leaf of two checkpoints. Figures are null where there is nothing to compare."""
+
+    path: str
+    """Its name, in A where A has it."""
+    status: Literal["equal", "rounded", "within", "changed", "only-a", "only-b", "reshaped"]
+    """``equal``: same dtype and bits; ``rounded``: B is A rounded to B's dtype, bit for bit; ``within``: every entry within the
+    tolerance; ``changed``; in one only; of two shapes."""
+    shape_a: tuple[int, ...] | None = None
+    """Its shape in A."""
+    shape_b: tuple[int, ...] | None = None
+    """Its shape in B."""
+    dtype_a: str | None = None
+    """Its dtype in A."""
+    dtype_b: str | None = None
+    """Its dtype in B."""
+    max_abs: float | None = None
+    """The largest ``|b - a|`` of finite entries."""
+    relative_l2: float | None = None
+    """``|b - a| / |a|``, Frobenius."""
+    cosine: float | None = None
+    """``<a, b> / (|a| |b|)``."""
+    max_ulp: int | None = None
+    """The largest distance in representable values, of the coarser of the two dtypes."""
+    changed: float | None = None
+    """The share of entries that are not equal in value."""
+    non_finite: int = 0
+    """Entries that are NaN or Inf in one and not the same in the other."""
+
+
+@dataclass(frozen=True)
+class PrefixRecord(_Record):
+    """The leaves of two checkpoints below one prefix."""
+
+    prefix: str
+    """What their paths begin with."""
+    leaves: int
+    """How many there are."""
+    differing: int
+    """How many of them are not equal."""
+    relative_l2: float | None
+    """``|b - a| / |a|`` over all leaves that could be compared."""
+    max_abs: float | None
+    """The largest ``|b - a|``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(_Record):
+    """What every report says."""
+
+    tool_version: str
+    """The version of lora-merge."""
+    sources: tuple[SourceRecord, ...]
+    """What was read."""
+    warnings: tuple[str, ...] = ()
+    """What should make a reader stop."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know."""
+    seconds: float | None = None
+    """Wall time."""
+    peak_rss_bytes: int | None = None
+    """The process's largest resident size."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the tool and of what it computes with."""
+    schema_version: int = SCHEMA_VERSION
+    """Raised when a field changes its meaning or goes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON-able values."""
+        document = dataclasses.asdict(self)
+        first = ("schema_version", "command", "status")
+        return {name: document.pop(name) for name in first} | document
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport(Report):
+    """What a merge and its judge both say."""
+
+    model: str
+    """The model, or ``unknown``."""
+    dialect: str
+    """The trainer's conventions."""
+    multiplier: float
+    """What every delta is multiplied by besides its scale."""
+    serving_dtype: str
+    """What servers cast the result to."""
+    groups: tuple[GroupRecord, ...] = ()
+    """What the fine-tune froze and trained."""
+    sites: tuple[SiteRecord, ...]
+    """Every adapter."""
+    checks: tuple[CheckRecord, ...] = ()
+    """The checks of the result; none of a merge without ``--verify``."""
+
+    @property
+    def failed(self) -> tuple[CheckRecord, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.status == "fail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(ModelReport):
     """All that a merge, or its dry run, has to say."""
 
-    command: str
-    tool_version: str
-    status: str
-    """``planned`` or ``merged``."""
-    model: str
-    dialect: str
-    sources: tuple[SourceRecord, ...]
+    command: Literal["merge"] = "merge"
+    """Which command made the report."""
+    status: Literal["planned", "merged", "rejected"]
+    """``rejected``: a check failed, and nothing appeared at the output."""
     output: str | None
-    multiplier: float
-    serving_dtype: str
-    sites: tuple[SiteRecord, ...]
+    """The directory that was created."""
     copied: tuple[LeafRecord, ...]
+    """The output's leaves that no adapter touched."""
     dropped: tuple[DroppedRecord, ...]
-    warnings: tuple[str, ...]
-    """What should make a reader stop."""
-    notes: tuple[str, ...]
-    """What a reader should know."""
+    """What the output does not have, and why."""
     output_bytes: int
     """The size of all output arrays before compression."""
     peak_bytes_planned: int
     """The plan's estimate of the largest resident size."""
     bytes_on_disk: int | None = None
-    seconds: float | None = None
-    peak_rss_bytes: int | None = None
+    """The size of the output's files."""
     device: str | None = None
-    versions: tuple[tuple[str, str], ...] = ()
+    """Where the arithmetic ran."""
     parents: tuple[dict[str, Any], ...] = ()
     """The provenance of the checkpoint that was merged into, oldest last."""
-    schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON-able values."""
-        document = dataclasses.asdict(self)
-        document["versions"] = dict(self.versions)
-        return {"schema_version": document.pop("schema_version"), **document}
 
 
-def site_record(
-    site: AdapterSite, plan: MergePlan, layers: tuple[Moments, ...] = (), digest: str | None = None
-) -> SiteRecord:
-    """The record of one site; with `layers` and `digest`, of what became of its delta."""
-    step = next(s for s in plan.steps if s.source.path == site.targets[0])
-    scale = site.parameters.scale
-    record = SiteRecord(
-        target=site.name,
-        label=site.label,
-        group=site.group,
-        module=site.module,
-        operation=site.operation,
-        equation=str(site.parameters.equation),
-        rank=site.parameters.rank,
-        scale=scale.value,
-        scale_source=scale.source,
-        scale_assumed=scale.assumed,
-        shape=step.source.shape,
-        source_dtype=step.source.dtype.name,
-        dtype=step.output.dtype.name,
-    )
-    if not layers:
-        return record
-    total = Moments.total(layers)
-    dtypes = tuple(dict.fromkeys((record.dtype, plan.serving_dtype.name)))
-    return dataclasses.replace(
-        record,
-        relative_norm=total.relative_norm,
-        max_abs=total.max_abs,
-        adapter_digest=digest,
-        survival=tuple(map(total.survival, dtypes)),
-        layers=tuple(
-            LayerRecord(layer.relative_norm, layer.max_abs, tuple(map(layer.survival, dtypes))) for layer in layers
-        ),
-    )
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport(ModelReport):
+    """All that a verification has to say."""
+
+    command: Literal["verify"] = "verify"
+    """Which command made the report."""
+    status: Literal["passed", "failed"]
+    """``failed``: at least one check did."""
+    sample: int | None
+    """How many layers of each site were looked at; null for all."""
+    min_gain: float
+    """The least gain along an adapter's inputs that needs no warning."""
+    strict: bool
+    """Whether a lesser gain fails."""
 
 
-def copied_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
-    """The leaves that no adapter touches."""
-    return tuple(
-        LeafRecord(s.output.name, s.origin, s.output.dtype.name, s.output.nbytes)
-        for s in plan.steps
-        if s.origin != "changed"
-    )
+@dataclass(frozen=True, kw_only=True)
+class DiffReport(Report):
+    """All that a comparison of two checkpoints has to say."""
 
-
-def dropped_records(plan: MergePlan, left_out: Mapping[str, str]) -> tuple[DroppedRecord, ...]:
-    """The factors that were merged, the leaves that were dropped, and the folders that were left out."""
-    factors = (
-        DroppedRecord("/".join(map(str, path)), "adapter factor, merged into its kernel") for path in plan.factors
-    )
-    leaves = (DroppedRecord("/".join(map(str, leaf.path)), leaf.reason) for leaf in plan.dropped)
-    folders = (DroppedRecord(f"{name} (beside the parameters)", reason) for name, reason in left_out.items())
-    return (*factors, *leaves, *folders)
-
-
-def directory_size(path: Path) -> int:
-    """The bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    command: Literal["diff"] = "diff"
+    """Which command made the report."""
+    status: Literal["equal", "different"]
+    """``equal``: no leaf differs, or none by more than the tolerance."""
+    atol: float | None
+    """The absolute tolerance; null if only equal bits count."""
+    rtol: float | None
+    """The tolerance relative to A; null if only equal bits count."""
+    top: int
+    """How many leaves people are shown."""
+    counts: Mapping[str, int]
+    """How many leaves have each status."""
+    prefixes: tuple[PrefixRecord, ...]
+    """The leaves, grouped."""
+    leaves: tuple[DifferenceRecord, ...]
+    """Every leaf, those that differ most first."""
