@@ -34,3 +34,27 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 def is_float8(dtype: np.dtype[Any]) -> bool:
     """Whether the dtype is one of the eight-bit floating-point ones."""
     return dtype.itemsize == 1 and is_float(dtype)
+
+
+def mantissa_bits(dtype: np.dtype[Any]) -> int:
+    """How many bits of the mantissa the floating-point dtype stores."""
+    return int(_finfo(dtype).nmant)
+
+
+def ulp(values: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The distance between representable values of a floating-point dtype around each of the values, all float64."""
+    exponent_bits = np.uint64(0x7FF0_0000_0000_0000)
+    powers = (np.ascontiguousarray(values).view(np.uint64) & exponent_bits).view(np.float64)
+    return np.maximum(powers * 2.0 ** -mantissa_bits(dtype), float(_finfo(dtype).smallest_subnormal))
+
+
+def holds_all_values_of(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
+    """Whether each value of a floating-point dtype is also one of another floating-point dtype."""
+    if not (is_float(wide) and is_float(narrow)):
+        return wide == narrow
+    w, n = _finfo(wide), _finfo(narrow)
+    return bool(w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp <= n.minexp)
+
+
+def _finfo(dtype: np.dtype[Any]) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]

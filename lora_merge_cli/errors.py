@@ -6,6 +6,11 @@ expected and found, and what to do. `exit_code` is the process's exit status for
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_merge_cli.report import MergeReport
+
 _REASON_LENGTH = 300
 
 
@@ -120,6 +125,14 @@ class Unrepresentable(Refused):
 
 class UnsupportedCheckpoint(Refused):
     """A checkpoint, or a part of one, that is understood and not supported."""
+
+
+class VerificationFailed(LoraMergeError):
+    """A merge was verified before it was published, and a check failed: nothing appeared at the output."""
+
+    exit_code = 1
+    report: MergeReport
+    """The merge's report with all checks."""
 
 
 class OutputExists(LoraMergeError):

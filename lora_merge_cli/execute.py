@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,8 @@ from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, WrongBase
 from lora_merge_cli.formats.interface import Blocks, LeafData, Source
+from lora_merge_cli.listening import Listener, Silent
+from lora_merge_cli.lowrank import adapter_digest, spectrum
 from lora_merge_cli.operations import operation_named
 from lora_merge_cli.operations.interface import Pending, Update
 from lora_merge_cli.plan import MergePlan, Step
@@ -32,28 +33,6 @@ from lora_merge_cli.survival import Moments
 
 _TILES_IN_FLIGHT = 3
 _READ_AHEAD_BYTES = 256 * 2**20
-
-
-class Listener(Protocol):
-    """Told of progress. Optional everywhere."""
-
-    def start(self, total_bytes: int) -> None:
-        """The run begins; `total_bytes` will be produced."""
-        ...
-
-    def advance(self, name: str, done_bytes: int) -> None:
-        """So many more bytes of a leaf were produced."""
-        ...
-
-
-class Silent:
-    """The listener of those who do not listen."""
-
-    def start(self, total_bytes: int) -> None:
-        """See `Listener.start`."""
-
-    def advance(self, name: str, done_bytes: int) -> None:
-        """See `Listener.advance`."""
 
 
 class Execution:
@@ -91,6 +70,8 @@ class Execution:
         """Non-finite entries per untouched leaf that had to be decoded anyway."""
         self.adapter_digests: dict[str, str] = {}
         """Per site, a digest of its factors' names, shapes, dtypes and values."""
+        self.spectra: dict[str, tuple[float, ...]] = {}
+        """Per site, the singular values of its delta; see `lowrank.spectrum`."""
 
     def check_factors(self) -> None:
         """Read every factor once, before anything is written.
@@ -99,33 +80,32 @@ class Execution:
             NonFiniteInput: A factor holds NaN or Inf.
             NothingToMerge: Every delta is zero, since one factor of each pair is.
         """
-        zero: set[KeyPath] = set()
-        digests = {path: hashlib.sha256() for path in self._plan.factors}
-        for path, spec in self._plan.factors.items():
-            values = self._read_whole(spec)
-            digests[path].update(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
-            digests[path].update(np.ascontiguousarray(values).tobytes())
-            bad = int(np.sum(~np.isfinite(values.astype(np.float32))))
-            if bad:
-                raise NonFiniteInput(
-                    "a factor is not finite",
-                    where=f"{self._source.path} :: {spec.name}",
-                    expected="finite values",
-                    found=f"{bad} of {spec.size} entries NaN or Inf",
-                )
-            if not values.any():
-                zero.add(path)
+        silent = 0
         sites = self._plan.sites
         for site in sites:
-            joined = "".join(digests[path].hexdigest() for _, path in sorted(site.factors.items()))
-            self.adapter_digests[site.name] = f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
-        if self._plan.multiplier == 0 or all(zero & {*site.factors.values()} for site in sites):
+            factors = {role: self._finite_factor(path) for role, path in site.factors.items()}
+            self.adapter_digests[site.name] = adapter_digest(factors)
+            silent += any(not values.any() for _, values in factors.values())
+        if self._plan.multiplier == 0 or silent == len(sites):
             why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
             raise NothingToMerge(
                 f"every delta is zero: {why}",
                 where=self._source.path,
                 hint="the adapter was never trained, or this is the wrong step",
             )
+
+    def _finite_factor(self, path: KeyPath) -> tuple[TensorSpec, Array]:
+        spec = self._plan.factors[path]
+        values = self._read_whole(spec)
+        bad = int(np.sum(~np.isfinite(values.astype(np.float32))))
+        if bad:
+            raise NonFiniteInput(
+                "a factor is not finite",
+                where=f"{self._source.path} :: {spec.name}",
+                expected="finite values",
+                found=f"{bad} of {spec.size} entries NaN or Inf",
+            )
+        return spec, values
 
     def leaves(self) -> Iterator[LeafData]:
         """Every output leaf, with its data produced as it is pulled.
@@ -173,11 +153,12 @@ class Execution:
         """A kernel with its delta added."""
         site = step.site
         assert site is not None, "only a site changes a leaf"
+        factors = {role: self._read_whole(self._plan.factors[p]) for role, p in site.factors.items()}
         update = operation_named(site.operation).init(
             site,
             f"{self._source.path} :: {site.name}",
             step.source.shape,
-            {role: self._read_whole(self._plan.factors[p]) for role, p in site.factors.items()},
+            factors,
             step.output.dtype,
             self._plan.serving_dtype,
             self._plan.multiplier,
@@ -201,6 +182,9 @@ class Execution:
                 self._listener.advance(step.output.name, _nbytes(part, step.output))
         self._note_frozen(step, differs)
         self.moments[site.name] = update.finish()
+        parameters = site.parameters
+        scale = (parameters.scale.value or 0.0) * self._plan.multiplier
+        self.spectra[site.name] = spectrum(parameters.equation, factors["lora_a"], factors["lora_b"], scale)
 
     def _blocks(self, step: Step) -> Iterator[tuple[Region, Array, Array | None]]:
         """Each read block of the leaf, and of its base, the next one being read ahead where it is small."""

@@ -19,6 +19,7 @@ from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.measurement import SiteStats, chunk_regions, site_stats
+from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
     AdapterSite,
     Index,
@@ -26,7 +27,7 @@ from lora_merge_cli.records import (
     TensorSpec,
     display,
 )
-from lora_merge_cli.report import SCHEMA_VERSION
+from lora_merge_cli.report import SCHEMA_VERSION, GroupRecord
 from lora_merge_cli.survival import finite
 
 
@@ -66,17 +67,6 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
-class GroupRow:
-    """The leaves of one part of the model that the fine-tune treated alike."""
-
-    part: str
-    status: str
-    leaves: int
-    parameters: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class BaseRow:
     """One leaf beside the base's."""
 
@@ -106,7 +96,7 @@ class Inspection:
     """Bytes per dtype."""
     adapter_parameters: int
     sites: tuple[SiteRow, ...]
-    groups: tuple[GroupRow, ...]
+    groups: tuple[GroupRecord, ...]
     problems: tuple[str, ...]
     """Why a merge would be refused."""
     notes: tuple[str, ...]
@@ -162,7 +152,7 @@ def inspect(request: InspectRequest) -> Inspection:
         dtypes=tuple(by_dtype.most_common()),
         adapter_parameters=sum(index.tensors[path].size for path, group in groups.items() if group == "adapter"),
         sites=tuple(_site_row(checkpoint, index, site, request.stats) for site in survey.sites),
-        groups=_group_rows(dialect, index, groups),
+        groups=group_records(dialect, index, groups),
         problems=tuple(problems),
         notes=tuple(notes),
         assets=check_assets(checkpoint.assets, quantiles=summary.needs_quantiles),
@@ -200,22 +190,6 @@ def _advice(
     if request.base is not None:
         command += f" --base {shlex.quote(str(request.base))}"
     return (command, *serving)
-
-
-def _group_rows(dialect: Dialect, index: Index, groups: Any) -> tuple[GroupRow, ...]:
-    cells: dict[tuple[str, str], list[TensorSpec]] = {}
-    for path, spec in index.tensors.items():
-        cells.setdefault((dialect.part(path), groups[path]), []).append(spec)
-    return tuple(
-        GroupRow(
-            part,
-            status,
-            len(specs),
-            sum(spec.size for spec in specs),
-            sum(spec.nbytes for spec in specs),
-        )
-        for (part, status), specs in sorted(cells.items())
-    )
 
 
 def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bool) -> SiteRow:

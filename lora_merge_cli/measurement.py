@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_merge_cli.equation import Equation
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.lowrank import delta_singular_values
 from lora_merge_cli.records import AdapterSite, Array, Region, TensorSpec, full_region, grid
 
 _BLOCK_BYTES = 64 * 2**20
@@ -63,36 +63,6 @@ def site_stats(checkpoint: Checkpoint, site: AdapterSite) -> SiteStats:
         effective_rank=_effective_rank(singular),
         non_finite=0,
     )
-
-
-def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:
-    """Singular values of the unscaled delta, per index of the batch dims, from the factors alone.
-
-    With QR factors ``A = Q_a R_a`` and ``B^T = Q_b R_b`` the delta is ``Q_a (R_a R_b^T) Q_b^T``, whose singular values are those of
-    the small matrix in the middle.
-
-    Args:
-        equation: Which dims are batch, inputs, rank and outputs.
-        a: lora_a, float64.
-        b: lora_b, float64.
-
-    Returns:
-        float64, dims batch (flattened) and rank, descending.
-    """
-    summed = tuple(equation.b.index(dim) for dim in equation.summed)
-    b = b.sum(axis=summed)
-    b_dims = [dim for dim in equation.b if dim not in equation.summed]
-    left = _matrices(a, list(equation.a), equation.batch, equation.inputs, equation.rank)
-    right = _matrices(b, b_dims, equation.batch, equation.outputs, equation.rank)
-    middle = np.linalg.qr(left, mode="r") @ np.swapaxes(np.linalg.qr(right, mode="r"), -1, -2)
-    return np.linalg.svd(middle, compute_uv=False)
-
-
-def _matrices(values: Array, dims: list[str], batch: str, rows: str, rank: str) -> Array:
-    order = [dims.index(dim) for dim in (*batch, *(d for d in dims if d in rows), rank)]
-    moved = np.transpose(values, order)
-    lead = int(np.prod(moved.shape[: len(batch)]))
-    return moved.reshape(lead, -1, moved.shape[-1])
 
 
 def _effective_rank(singular: Array) -> float:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,30 +13,36 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli import __version__
 from lora_merge_cli.assets import check_assets
-from lora_merge_cli.dialects import detect_dialect
-from lora_merge_cli.errors import AlreadyMerged, UsageError
+from lora_merge_cli.dialects import detect_dialect, dialect_named
+from lora_merge_cli.errors import AlreadyMerged, UsageError, VerificationFailed
 from lora_merge_cli.formats import format_named, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.plan import MergeOptions, MergePlan, plan_merge
-from lora_merge_cli.records import first_names
-from lora_merge_cli.report import (
-    MergeReport,
-    SourceRecord,
+from lora_merge_cli.recording import (
     copied_records,
     directory_size,
     dropped_records,
+    group_records,
+    peak_rss,
     site_record,
+    source_record,
+    versions,
+    with_measurements,
+    with_proofs,
 )
+from lora_merge_cli.records import AdapterSite, first_names
+from lora_merge_cli.report import GroupRecord, MergeReport, SiteRecord
 from lora_merge_cli.staging import anchored, check_space, check_target, filesystem, staged
 from lora_merge_cli.survival import Moments
+from lora_merge_cli.verification import Judging, judge, open_result
 
 if TYPE_CHECKING:
-    from lora_merge_cli.execute import Execution, Listener
+    from lora_merge_cli.execute import Execution
+    from lora_merge_cli.listening import Listener
 
 PROVENANCE = "lora_merge.json"
 
 _GAIN_WORTH_A_WARNING = 0.98
-_PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class MergeRequest:
     """The JAX device, for example ``cpu`` or ``cuda:1``; JAX's default if None."""
     options: MergeOptions = field(default_factory=MergeOptions)
     """What to do with what."""
+    verify: Judging | None = None
+    """How strictly to verify the result before it appears; None not to."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,22 @@ class Prepared:
     inputs: tuple[Path, ...]
     """The directories that must not be written to."""
 
+    def site_record(self, site: AdapterSite) -> SiteRecord:
+        """A site before its merge."""
+        step = next(step for step in self.plan.steps if step.site is site)
+        return site_record(site, step.source, step.output.dtype.name)
+
+    def groups(self) -> tuple[GroupRecord, ...]:
+        """What the fine-tune froze and trained."""
+        dialect, index = dialect_named(self.plan.dialect), self.checkpoint.source.index()
+        return group_records(dialect, index, dialect.grouping(index, self.plan.sites))
+
     def report(self) -> MergeReport:
         """What would be done."""
         plan, checkpoint = self.plan, self.checkpoint
-        sources = [_source_record("checkpoint", checkpoint)]
+        sources = [source_record("checkpoint", checkpoint)]
         if self.base is not None:
-            sources.append(_source_record("base", self.base))
+            sources.append(source_record("base", self.base))
         output = self.request.output
         notes = [*plan.notes, *plan.model.advice]
         if checkpoint.left_out:
@@ -94,7 +108,8 @@ class Prepared:
             output=None if output is None else str(output),
             multiplier=plan.multiplier,
             serving_dtype=plan.serving_dtype.name,
-            sites=tuple(site_record(site, plan) for site in plan.sites),
+            groups=self.groups(),
+            sites=tuple(map(self.site_record, plan.sites)),
             copied=copied_records(plan),
             dropped=dropped_records(plan, checkpoint.left_out),
             warnings=_asset_warnings(checkpoint, plan),
@@ -145,6 +160,7 @@ def merge(
         beside: Called with the finished report and the staged directory before that is published; if it raises, nothing is.
 
     Raises:
+        VerificationFailed: A check failed; its `report` has them all.
         LoraMergeError: One subclass per way to fail; see `lora_merge_cli.errors`.
     """
     started = time.monotonic()
@@ -179,25 +195,69 @@ def merge(
         report = dataclasses.replace(
             prepared.report(),
             status="merged",
-            sites=tuple(
-                site_record(site, plan, execution.moments[site.name], execution.adapter_digests[site.name])
-                for site in plan.sites
-            ),
+            sites=tuple(_measured(prepared.site_record(site), site, execution, plan) for site in plan.sites),
             warnings=(
                 *_asset_warnings(checkpoint, plan),
                 *_execution_warnings(execution, plan),
             ),
             bytes_on_disk=directory_size(stage),
             seconds=time.monotonic() - started,
-            peak_rss_bytes=_peak_rss(),
+            peak_rss_bytes=peak_rss(),
             device=f"{device.device_kind} ({device.platform}:{device.id})",
-            versions=_versions(),
+            versions=versions(),
         )
-        with filesystem(output):
-            (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+        _write_provenance(report, stage)
+        if prepared.request.verify is not None:
+            report = _verified(report, prepared, prepared.request.verify, stage, listener)
+            report = dataclasses.replace(report, seconds=time.monotonic() - started, peak_rss_bytes=peak_rss())
+            if report.failed:
+                raise _rejection(report)
+            _write_provenance(report, stage)
         if beside is not None:
             beside(report, stage)
     return report
+
+
+def _write_provenance(report: MergeReport, stage: Path) -> None:
+    with filesystem(stage):
+        (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+
+
+def _verified(
+    report: MergeReport, prepared: Prepared, judging: Judging, stage: Path, listener: Listener | None
+) -> MergeReport:
+    """The report with the checks of the staged result."""
+    verdict = judge(open_result(stage), prepared.checkpoint, prepared.base, prepared.request.options, judging, listener)
+    return dataclasses.replace(
+        report,
+        sites=with_proofs(report.sites, verdict.sites),
+        checks=tuple(
+            dataclasses.replace(check, message=check.message.replace(str(stage), str(report.output)))
+            for check in verdict.checks
+        ),
+        notes=(*report.notes, *(note for note in verdict.notes if note not in report.notes)),
+    )
+
+
+def _rejection(report: MergeReport) -> VerificationFailed:
+    failed = report.failed
+    error = VerificationFailed(
+        f"the merged checkpoint failed {len(failed)} checks, and was not published",
+        where=report.output,
+        found="; ".join(f"{check.id}: {check.message}" for check in failed),
+    )
+    error.report = dataclasses.replace(report, status="rejected")
+    return error
+
+
+def _measured(record: SiteRecord, site: AdapterSite, execution: Execution, plan: MergePlan) -> SiteRecord:
+    return with_measurements(
+        record,
+        dict(enumerate(execution.moments[site.name])),
+        plan.serving_dtype.name,
+        execution.spectra[site.name],
+        execution.adapter_digests[site.name],
+    )
 
 
 def _refuse_repeat(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
@@ -220,16 +280,6 @@ def _refuse_repeat(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
 def _copy_assets(assets: Path, stage: Path) -> None:
     with filesystem(assets):
         shutil.copytree(assets, stage / assets.name, ignore_dangling_symlinks=True)
-
-
-def _source_record(role: str, checkpoint: Checkpoint) -> SourceRecord:
-    return SourceRecord(
-        role=role,
-        path=str(checkpoint.source.path),
-        format=checkpoint.format,
-        step=checkpoint.step,
-        fingerprint=checkpoint.source.fingerprint(),
-    )
 
 
 def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
@@ -276,13 +326,3 @@ def _execution_warnings(execution: Execution, plan: MergePlan) -> Sequence[str]:
                 f"(least gain along the adapter's inputs {min(low):.3f}): {advice}"
             )
     return warnings
-
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    installed = tuple((name, importlib.metadata.version(name)) for name in _PACKAGES)
-    return (("lora-merge", __version__), ("python", platform.python_version()), *installed)

@@ -125,23 +125,23 @@ def plan_merge(
         UsageError: An option has no valid value, or a glob matches no site.
         Refused: The merge would be wrong or pointless; see its subclasses.
     """
-    _check_options(options)
+    check_options(options)
     index = checkpoint.source.index()
     where = str(checkpoint.source.path)
     survey = dialect.survey(index, options.scales, where)
-    chosen, excluded = _select(dialect, survey.sites, options)
+    chosen, excluded = select_sites(dialect, survey.sites, options)
     if survey.problems:
         raise survey.problems[0]
     if not chosen:
-        raise _nothing(checkpoint, index)
+        raise nothing_to_merge(checkpoint, index)
     unscaled = [site for site in chosen if site.parameters.scale.value is None]
     if unscaled:
         raise dialect.unknown_scale(unscaled, where)
-    dropped = [*survey.dropped, *_excluded_factors(excluded)]
+    dropped = [*survey.dropped, *excluded_factors(excluded)]
     factors = {path: index.tensors[path] for site in chosen for path in site.factors.values()}
     gone = {*factors, *(leaf.path for leaf in dropped)}
     by_target = {target: site for site in chosen for target in site.targets}
-    bases = _match_base(checkpoint, dialect, index, chosen, base)
+    bases = match_base(checkpoint, dialect, index, chosen, base)
     steps = tuple(
         _step(checkpoint, dialect, spec, by_target.get(path), options, bases.get(path), base)
         for path, spec in index.tensors.items()
@@ -180,9 +180,14 @@ def cast_dtype(choice: str, stored: np.dtype[Any], auto: np.dtype[Any]) -> np.dt
     return stored if choice == "keep" else dtype_named(choice)
 
 
-def _check_options(options: MergeOptions) -> None:
+def check_options(options: MergeOptions, dtypes: Sequence[str] = DTYPE_CHOICES) -> None:
+    """Refuse options without a valid value; `dtypes` are the valid ones for the leaves that change.
+
+    Raises:
+        UsageError: One has none.
+    """
     for flag, value, choices in (
-        ("--dtype", options.dtype, DTYPE_CHOICES),
+        ("--dtype", options.dtype, dtypes),
         ("--dtype-untouched", options.dtype_untouched, DTYPE_CHOICES[1:]),
     ):
         if value not in choices:
@@ -191,9 +196,14 @@ def _check_options(options: MergeOptions) -> None:
         raise UsageError("--scale must be a finite number", found=options.multiplier)
 
 
-def _select(
+def select_sites(
     dialect: Dialect, sites: Sequence[AdapterSite], options: MergeOptions
 ) -> tuple[tuple[AdapterSite, ...], tuple[AdapterSite, ...]]:
+    """The sites that `--include` and `--exclude` choose, and the others.
+
+    Raises:
+        UsageError: A glob matches no site.
+    """
     names = {site.name: _names(dialect, site) for site in sites}
     for flag, patterns in (("--include", options.include), ("--exclude", options.exclude)):
         for pattern in patterns:
@@ -222,7 +232,8 @@ def _matches(names: Sequence[KeyPath], patterns: Sequence[str]) -> bool:
     )
 
 
-def _nothing(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
+def nothing_to_merge(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
+    """The refusal of a checkpoint without chosen sites, and why there are none."""
     where = checkpoint.source.path
     if checkpoint.provenance is not None:
         return AlreadyMerged(
@@ -240,18 +251,23 @@ def _nothing(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
     )
 
 
-def _excluded_factors(excluded: Sequence[AdapterSite]) -> list[Dropped]:
+def excluded_factors(excluded: Sequence[AdapterSite]) -> list[Dropped]:
+    """The factors of sites that are left out."""
     return [Dropped(path, "left out by --include or --exclude") for site in excluded for path in site.factors.values()]
 
 
-def _match_base(
+def match_base(
     checkpoint: Checkpoint,
     dialect: Dialect,
     index: Index,
     sites: Sequence[AdapterSite],
     base: Checkpoint | None,
 ) -> Mapping[KeyPath, TensorSpec]:
-    """The base's leaf for each leaf that the fine-tune froze."""
+    """The base's leaf for each leaf that the fine-tune froze.
+
+    Raises:
+        WrongBase: The base does not have them all, in the same shapes.
+    """
     if base is None:
         return {}
     available = {dialect.canonical(path): spec for path, spec in base.source.index().tensors.items()}

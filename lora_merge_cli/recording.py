@@ -86,6 +86,21 @@ def with_measurements(
     )
 
 
+def with_proofs(records: Sequence[SiteRecord], judged: Sequence[SiteRecord]) -> tuple[SiteRecord, ...]:
+    """The records of a merge with the proofs of its judge, both in one order."""
+    return tuple(
+        dataclasses.replace(
+            record,
+            proof=other.proof,
+            layers=tuple(
+                dataclasses.replace(layer, proof=next((o.proof for o in other.layers if o.layer == layer.layer), None))
+                for layer in record.layers
+            ),
+        )
+        for record, other in zip(records, judged, strict=True)
+    )
+
+
 def _survival(moments: Moments, dtypes: Sequence[str]) -> tuple[SurvivalRecord, ...]:
     return tuple(SurvivalRecord(**dataclasses.asdict(moments.survival(dtype))) for dtype in dtypes)
 
@@ -118,9 +133,7 @@ def copied_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
 
 def dropped_records(plan: MergePlan, left_out: Mapping[str, str]) -> tuple[DroppedRecord, ...]:
     """The factors that were merged, the leaves that were dropped, and the folders that were left out."""
-    factors = (
-        DroppedRecord(display(path), "adapter factor, merged into its kernel") for path in plan.factors
-    )
+    factors = (DroppedRecord(display(path), "adapter factor, merged into its kernel") for path in plan.factors)
     leaves = (DroppedRecord(display(leaf.path), leaf.reason) for leaf in plan.dropped)
     folders = (DroppedRecord(f"{name} (beside the parameters)", reason) for name, reason in left_out.items())
     return (*factors, *leaves, *folders)

@@ -17,6 +17,7 @@ _SCHEMA_CONFIG = {
 """How `reports.schema` reads the records."""
 
 CheckStatus = Literal["pass", "warn", "fail", "skip"]
+DifferenceStatus = Literal["equal", "rounded", "within", "changed", "only-a", "only-b", "reshaped"]
 
 
 class _Record:
@@ -203,7 +204,7 @@ class DifferenceRecord(_Record):
 
     path: str
     """Its name, in A where A has it."""
-    status: Literal["equal", "rounded", "within", "changed", "only-a", "only-b", "reshaped"]
+    status: DifferenceStatus
     """``equal``: same dtype and bits; ``rounded``: B is A rounded to B's dtype, bit for bit; ``within``: every entry within the
     tolerance; ``changed``; in one only; of two shapes."""
     shape_a: tuple[int, ...] | None = None

@@ -14,8 +14,8 @@ from rich.table import Table
 from lora_merge_cli.reports.words import byte_size, figure, quantity, survival_for
 
 if TYPE_CHECKING:
-    from lora_merge_cli.execute import Listener
     from lora_merge_cli.inspection import BaseRow, Inspection, SiteRow
+    from lora_merge_cli.listening import Listener
     from lora_merge_cli.report import MergeReport, SiteRecord
 
 _OFF_TERMINAL_WIDTH = 100

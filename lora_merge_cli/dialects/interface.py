@@ -86,6 +86,10 @@ class Dialect(Protocol):
         """The path without what differs between a trained checkpoint and its base."""
         ...
 
+    def unservable(self, index: Index) -> str | None:
+        """Why this trainer's own loader would not find the arrays under their paths; None if it would."""
+        ...
+
     def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:
         """What ``--dtype auto`` stores a fused kernel in."""
         ...

@@ -238,6 +238,16 @@ class OpenPI:
             path = path[1:]
         return path[:-1] if len(path) > 1 and path[-1] == "value" else path
 
+    def unservable(self, index: Index) -> str | None:
+        """See `Dialect.unservable`: ``restore_params`` reads below ``params``, and drops ``value`` where every path ends in it."""
+        rootless = [path for path in index.tensors if path[:1] != ("params",)]
+        if rootless:
+            return f"OpenPI loads what is below the root key params: {display(rootless[0])}"
+        suffixed = sum(path[-1] == "value" for path in index.tensors)
+        if suffixed not in (0, len(index.tensors)):
+            return f"OpenPI loads paths that end in value all or none: {suffixed} of {len(index.tensors)} do"
+        return None
+
     def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:  # noqa: ARG002  (others keep the stored one)
         """See `Dialect.fused_dtype`: float32, since the stored bfloat16 would eat the delta."""
         return FLOAT32

@@ -12,6 +12,7 @@ import numpy as np
 from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
+from lora_merge_cli.lowrank import input_basis
 from lora_merge_cli.records import AdapterSite, Array, Region, region_shape
 from lora_merge_cli.survival import Moments, Realised
 
@@ -262,26 +263,6 @@ def _delta_unit(scale: np.float32, a: Array, b: Array) -> np.float32:
 
 def _arranged(values: Array, dims: str, order: str) -> Array:
     return np.ascontiguousarray(np.transpose(values, [dims.index(dim) for dim in order]))
-
-
-def input_basis(a: Array, batch_dims: int) -> Array:
-    """An orthonormal basis of lora_a's columns, one per index of the batch dims.
-
-    Directions that carry nothing of the factor are zero columns, so one of lower rank, or of zeros, has a smaller basis.
-
-    Args:
-        a: lora_a, dims batch, inputs, rank.
-        batch_dims: How many of its axes are batch dims.
-
-    Returns:
-        float32, of the same shape.
-    """
-    matrices = a.reshape(*a.shape[:batch_dims], -1, a.shape[-1]).astype(np.float64)
-    left, singular, _ = np.linalg.svd(matrices, full_matrices=False)
-    tolerance = singular[..., :1] * max(matrices.shape[-2:]) * np.finfo(np.float32).eps
-    basis = np.zeros(matrices.shape, FLOAT32)
-    basis[..., : left.shape[-1]] = left * (singular > tolerance)[..., None, :]
-    return basis.reshape(a.shape)
 
 
 def _spell(region: Region) -> str:

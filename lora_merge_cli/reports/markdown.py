@@ -1,117 +1,35 @@
-"""The report as Markdown, for people."""
+"""The report as Markdown, for people: it is to read well as a comment on a pull request."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-
-from lora_merge_cli.report import MergeReport, SiteRecord
-from lora_merge_cli.reports.words import byte_size, figure, short_scale, survival_for
-
-_MANY = 40
+from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.reports import markdown_diff, markdown_model
+from lora_merge_cli.reports.escaping import code, prose
+from lora_merge_cli.reports.markdown_blocks import bullets
 
 
-def to_markdown(report: MergeReport) -> str:
-    """The report, most important things first."""
-    return "\n".join(_lines(report)) + "\n"
+def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool = True) -> str:
+    """The report, most important things first.
 
-
-def _lines(report: MergeReport) -> Iterator[str]:
-    done = "merged" if report.status == "merged" else "planned"
-    yield f"# {report.model}: {len(report.sites)} adapters {done}"
-    yield ""
+    Args:
+        report: What to tell.
+        tables: Whether to tell of each site or leaf, and of the inputs.
+    """
+    if isinstance(report, DiffReport):
+        findings, rest = markdown_diff.findings(report), markdown_diff.tables(report)
+    else:
+        findings, rest = markdown_model.findings(report), markdown_model.tables(report)
+    blocks = [headline(report), ", ".join(f"{source.role} {code(source.path)}" for source in report.sources), *findings]
     if report.warnings:
-        yield "## Warnings"
-        yield ""
-        yield from (f"- **{warning}**" for warning in report.warnings)
-        yield ""
+        blocks += ["## Warnings", bullets(f"**{prose(warning)}**" for warning in report.warnings)]
     if report.notes:
-        yield "## Notes"
-        yield ""
-        yield from (f"- {note}" for note in report.notes)
-        yield ""
-    yield "## Sites"
-    yield ""
-    yield from _site_table(report)
-    yield ""
-    yield "## Leaves"
-    yield ""
-    yield from _leaf_lines(report)
-    yield ""
-    yield "## Provenance"
-    yield ""
-    yield from _provenance(report)
+        blocks += ["## Notes", bullets(map(prose, report.notes))]
+    if tables:
+        blocks += rest
+    return "\n\n".join(blocks) + "\n"
 
 
-def _site_table(report: MergeReport) -> Iterator[str]:
-    stored = sorted({site.dtype for site in report.sites})
-    header = ["target", "rank", "scale", "equation", "stored as"]
-    if report.status == "merged":
-        header += ["\\|delta\\|/\\|kernel\\|", "max abs", "non-finite"]
-        header += [f"gain in {' / '.join(stored)}", f"gain in {report.serving_dtype}"]
-    yield from _table(header, (_site_row(site, report) for site in report.sites))
-    if report.status == "merged":
-        yield ""
-        yield (
-            "Gain is along the adapter's inputs: 1 keeps the fine-tune, less shrinks it as a smaller scale would. "
-            f"{report.serving_dtype} is what servers cast to."
-        )
-
-
-def _site_row(site: SiteRecord, report: MergeReport) -> list[str]:
-    row = [
-        f"`{site.target}`",
-        str(site.rank),
-        f"{short_scale(site)}",
-        f"`{site.equation}`",
-        site.dtype,
-    ]
-    if report.status == "merged":
-        stored, served = (survival_for(site, name) for name in (site.dtype, report.serving_dtype))
-        row += [figure(site.relative_norm), figure(site.max_abs), str(site.non_finite)]
-        row += [figure(s.gain_along_inputs if s else None) for s in (stored, served)]
-    return row
-
-
-def _leaf_lines(report: MergeReport) -> Iterator[str]:
-    origins = Counter(leaf.origin for leaf in report.copied)
-    sizes = sum(leaf.nbytes for leaf in report.copied)
-    parts = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items())) or "none"
-    yield f"- untouched by adapters: {parts} ({byte_size(sizes)})"
-    reasons: dict[str, list[str]] = {}
-    for leaf in report.dropped:
-        reasons.setdefault(leaf.reason, []).append(leaf.path)
-    for reason, paths in reasons.items():
-        yield f"- dropped, {reason}: {len(paths)}"
-        yield from (f"  - `{path}`" for path in paths[:_MANY])
-        if len(paths) > _MANY:
-            yield f"  - and {len(paths) - _MANY} more"
-
-
-def _provenance(report: MergeReport) -> Iterator[str]:
-    rows = [
-        [source.role, f"`{source.path}`", str(source.step or ""), f"`{source.fingerprint[:19]}`"]
-        for source in report.sources
-    ]
-    yield from _table(["input", "path", "step", "fingerprint"], rows)
-    yield ""
-    sources = sorted({site.scale_source for site in report.sites})
-    yield from (f"- scale: {source}" for source in sources)
-    if report.multiplier != 1:
-        yield f"- every delta multiplied by {report.multiplier:g}"
-    yield f"- output: {byte_size(report.output_bytes)} of arrays"
-    if report.bytes_on_disk is not None and report.output is not None:
-        yield f"- on disk: {byte_size(report.bytes_on_disk)} at `{report.output}`"
-    if report.seconds is not None and report.peak_rss_bytes is not None:
-        yield f"- {report.seconds:.1f} s on {report.device}, peak {byte_size(report.peak_rss_bytes)} resident"
-    if report.versions:
-        yield f"- {', '.join(f'{name} {version}' for name, version in report.versions)}"
-    if report.parents:
-        yield f"- merged into a checkpoint that was merged before ({len(report.parents)} earlier)"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"|{' --- |' * len(header)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+def headline(report: MergeReport | VerifyReport | DiffReport) -> str:
+    """The verdict, as a heading."""
+    verdict = markdown_diff.verdict(report) if isinstance(report, DiffReport) else markdown_model.verdict(report)
+    return f"# {verdict}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora_merge_cli.report import SiteRecord
-from lora_merge_cli.survival import Survival
+from lora_merge_cli.report import LayerRecord, SiteRecord, SurvivalRecord
 
 
 def byte_size(count: int) -> str:
@@ -38,6 +37,6 @@ def short_scale(site: SiteRecord) -> str:
     return f"{site.scale:.4g}{' (assumed)' if site.scale_assumed else ''}"
 
 
-def survival_for(site: SiteRecord, dtype: str) -> Survival | None:
+def survival_for(site: SiteRecord | LayerRecord, dtype: str) -> SurvivalRecord | None:
     """The figures for one dtype, if measured."""
     return next((survival for survival in site.survival if survival.dtype == dtype), None)

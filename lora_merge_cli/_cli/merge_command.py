@@ -1,0 +1,95 @@
+"""``lora-merge merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_merge_cli._cli import options
+from lora_merge_cli._cli.boundary import boundary
+
+EPILOG = """[bold]Examples[/bold]
+
+  lora-merge merge checkpoints/pi0_lora/run/29999 -o merged/29999
+
+  lora-merge merge checkpoints/run --step 9999 -o merged/9999 --lora-alpha paligemma=12,action_expert=2
+
+  lora-merge merge checkpoints/run/29999 --base pi0_base -o merged/29999 --verify --report merged.html
+
+  lora-merge merge checkpoints/run/29999 --dry-run --json
+
+Exit codes: 0 done; 1 --verify failed; 2 usage; 3 input missing or corrupt; 4 refused; 5 output exists;
+6 disk, memory or permission; 130, 143 interrupted."""
+
+
+def merge(
+    checkpoint: options.CheckpointArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="The directory to create.", show_default=False),
+    ] = None,
+    base: options.Base = None,
+    lora_alpha: options.LoraAlpha = None,
+    rslora: options.RsLora = None,
+    scale: options.Scale = 1.0,
+    dtype: Annotated[
+        options.Dtype, typer.Option(help="Of the kernels that change; auto: float32 for OpenPI.")
+    ] = options.Dtype.auto,
+    dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
+    include: options.IncludeSites = None,
+    exclude: options.ExcludeSites = None,
+    step: options.Step = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="The JAX device, such as cpu or cuda:0; JAX's default if not given.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the whole plan; write nothing. Needs no -o.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Verify the result before it appears; if a check fails, it does not.")
+    ] = False,
+    min_gain: options.MinGain = 0.98,
+    strict: options.Strict = False,
+    sample: options.Sample = None,
+    report: options.ReportPaths = None,
+    github: options.Github = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fuse the adapters inside a checkpoint into its kernels and write a dense checkpoint."""
+    with boundary(verbose=verbose):
+        from lora_merge_cli._cli.allocator import keep_freed_memory
+        from lora_merge_cli._cli.output import Output
+        from lora_merge_cli.errors import UsageError, VerificationFailed
+        from lora_merge_cli.merging import MergeRequest, prepare
+        from lora_merge_cli.merging import merge as run
+        from lora_merge_cli.verification import Judging
+
+        # Before the first thread: each would take its memory from an arena of its own.
+        keep_freed_memory()
+        if output is None and not dry_run:
+            raise UsageError("an output directory is needed", hint="pass -o OUT, or --dry-run")
+        if not verify and (strict or sample is not None):
+            raise UsageError("--strict and --sample are for --verify")
+        asked = options.merge_options(lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude)
+        judging = Judging(sample, min_gain, strict) if verify else None
+        prepared = prepare(MergeRequest(checkpoint, output, base, step, overwrite, device, asked, judging))
+        out = Output(report, prepared.request.output, prepared.inputs, github, as_json, quiet, dry_run=dry_run)
+        with out.reports:
+            if dry_run:
+                done = prepared.report()
+                out.reports.write(done)
+            else:
+                try:
+                    with out.progress("merging") as listener:
+                        done = run(prepared, listener, out.reports.write)
+                except VerificationFailed as failure:
+                    out.reports.write_outside(failure.report)
+                    out.finish(failure.report)
+                    raise
+            out.finish(done)

@@ -1,0 +1,74 @@
+"""``lora-merge verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_merge_cli._cli import options
+from lora_merge_cli._cli.boundary import boundary
+
+EPILOG = """[bold]Examples[/bold]
+
+  lora-merge verify merged/29999 --against checkpoints/run/29999
+
+  lora-merge verify merged/29999 --against checkpoints/run/29999 --base pi0_base --strict --report verify.xml
+
+  lora-merge verify merged/29999 --against checkpoints/run/29999 --sample 2 --report verify.html
+
+Exit codes: 0 all checks hold; 1 a check failed; 2 usage; 3 another input missing or corrupt; 4 refused: the other
+inputs do not make a merge; 6 disk, memory or permission; 130, 143 interrupted."""
+
+
+def verify(
+    merged: Annotated[
+        Path,
+        typer.Argument(metavar="MERGED", help="The checkpoint to judge, of any tool's making.", show_default=False),
+    ],
+    against: Annotated[
+        Path,
+        typer.Option(metavar="CKPT", help="The checkpoint with the adapters that were merged.", show_default=False),
+    ],
+    base: options.Base = None,
+    lora_alpha: options.LoraAlpha = None,
+    rslora: options.RsLora = None,
+    scale: options.Scale = 1.0,
+    dtype: Annotated[
+        options.ExpectedDtype, typer.Option(help="What the fused kernels must be stored in; any: as they are.")
+    ] = options.ExpectedDtype.any,
+    dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
+    rounding: Annotated[
+        options.Rounding, typer.Option(help="How the fused kernels were rounded; any: to either neighbour.")
+    ] = options.Rounding.nearest,
+    include: options.IncludeSites = None,
+    exclude: options.ExcludeSites = None,
+    step: options.Step = None,
+    min_gain: options.MinGain = 0.98,
+    strict: options.Strict = False,
+    sample: options.Sample = None,
+    report: options.ReportPaths = None,
+    github: options.Github = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Prove a merge: recompute every kernel in float64, run every layer, compare every other leaf bit for bit."""
+    with boundary(verbose=verbose):
+        from lora_merge_cli._cli.allocator import keep_freed_memory
+        from lora_merge_cli._cli.output import Output
+        from lora_merge_cli.verification import Judging, VerifyRequest, open_inputs
+        from lora_merge_cli.verification import verify as run
+
+        keep_freed_memory()
+        asked = options.merge_options(lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude)
+        judging = Judging(sample, min_gain, strict, rounding.value)
+        opened = open_inputs(VerifyRequest(merged, against, base, step, asked, judging))
+        out = Output(report, None, opened.inputs, github, as_json, quiet)
+        with out.reports:
+            with out.progress("verifying") as listener:
+                done = run(opened, listener)
+            out.reports.write(done)
+            out.finish(done)
+        raise typer.Exit(1 if done.failed else 0)

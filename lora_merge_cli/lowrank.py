@@ -1,0 +1,94 @@
+"""Linear algebra of a pair of factors, in float64 on the host. The delta is never formed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_merge_cli.equation import Equation
+from lora_merge_cli.records import Array, TensorSpec
+
+
+def factor_matrices(equation: Equation, a: Array, b: Array) -> tuple[Array, Array]:
+    """The factors as stacks of matrices, lora_b summed over the dims that the model sums by themselves.
+
+    Args:
+        equation: Which dims are batch, inputs, rank and outputs.
+        a: lora_a.
+        b: lora_b.
+
+    Returns:
+        float64: lora_a, dims batch (flattened), inputs (flattened), rank; and lora_b, dims batch, rank, outputs (flattened).
+    """
+    summed = tuple(equation.b.index(dim) for dim in equation.summed)
+    kept = "".join(dim for dim in equation.b if dim not in equation.summed)
+    b = b.astype(np.float64).sum(axis=summed)
+    left = _stack_of_matrices(a.astype(np.float64), equation.a, equation.batch, equation.inputs + equation.rank)
+    right = _stack_of_matrices(b, kept, equation.batch, equation.rank + equation.outputs)
+    return (
+        left.reshape(len(left), -1, left.shape[-1]),
+        right.reshape(len(right), right.shape[1], -1),
+    )
+
+
+def input_basis(a: Array, batch_dims: int) -> Array:
+    """An orthonormal basis of lora_a's columns, one per index of the batch dims.
+
+    Directions that carry nothing of the factor are zero columns, so one of lower rank, or of zeros, has a smaller basis.
+
+    Args:
+        a: lora_a, dims batch, inputs, rank.
+        batch_dims: How many of its axes are batch dims.
+
+    Returns:
+        float32, of the same shape.
+    """
+    matrices = a.reshape(*a.shape[:batch_dims], -1, a.shape[-1]).astype(np.float64)
+    left, singular, _ = np.linalg.svd(matrices, full_matrices=False)
+    tolerance = singular[..., :1] * max(matrices.shape[-2:]) * np.finfo(np.float32).eps
+    basis = np.zeros(matrices.shape, np.float32)
+    basis[..., : left.shape[-1]] = left * (singular > tolerance)[..., None, :]
+    return basis.reshape(a.shape)
+
+
+def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:
+    """Singular values of the unscaled delta, per index of the batch dims, from the factors alone.
+
+    With QR factors ``A = Q_a R_a`` and ``B^T = Q_b R_b`` the delta is ``Q_a (R_a R_b^T) Q_b^T``, whose singular values are those of
+    the small matrix in the middle.
+
+    Args:
+        equation: Which dims are batch, inputs, rank and outputs.
+        a: lora_a, finite.
+        b: lora_b, finite.
+
+    Returns:
+        float64, dims batch (flattened) and rank, descending.
+    """
+    left, right = factor_matrices(equation, a, b)
+    middle = np.linalg.qr(left, mode="r") @ np.swapaxes(np.linalg.qr(np.swapaxes(right, -1, -2), mode="r"), -1, -2)
+    return np.linalg.svd(middle, compute_uv=False)
+
+
+def spectrum(equation: Equation, a: Array, b: Array, scale: float) -> tuple[float, ...]:
+    """Singular values of the scaled delta, descending, as root mean squares over the batch dims."""
+    values = delta_singular_values(equation, a, b)
+    return tuple(map(float, abs(scale) * np.sqrt(np.mean(np.square(values), axis=0))))
+
+
+def adapter_digest(factors: Mapping[str, tuple[TensorSpec, Array]]) -> str:
+    """A digest of an adapter's names, shapes, dtypes and values; `factors` by role."""
+    joined = ""
+    for _, (spec, values) in sorted(factors.items()):
+        digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+        joined += digest.hexdigest()
+    return f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
+
+
+def _stack_of_matrices(values: Array, dims: str, batch: str, rest: str) -> Array:
+    moved = np.transpose(values, [dims.index(dim) for dim in batch + rest])
+    lead = int(np.prod(moved.shape[: len(batch)]))
+    return moved.reshape(lead, *moved.shape[len(batch) :])

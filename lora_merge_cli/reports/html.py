@@ -1,0 +1,199 @@
+"""The report as one HTML file that reads nothing else, for people who would rather look."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lora_merge_cli.report import CheckRecord, DiffReport, GroupRecord, MergeReport, ModelReport, SiteRecord, VerifyReport
+from lora_merge_cli.reports.words import byte_size, figure, quantity, short_scale, survival_for
+
+_MOST_LEAVES = 2000
+_PROBLEMS_FIRST = ("fail", "warn", "pass", "skip")
+_TREATMENTS = {"frozen": "frozen", "lora": "frozen + LoRA", "adapter": "LoRA factors", "trained": "fully trained"}
+_VERDICTS = {
+    "passed": ("pass", "Passed"),
+    "failed": ("fail", "Failed"),
+    "merged": ("pass", "Merged"),
+    "planned": ("skip", "Planned, nothing written"),
+    "rejected": ("fail", "Rejected, nothing written"),
+    "equal": ("pass", "Equal"),
+    "different": ("warn", "Different"),
+}
+_CHECKS = {"pass": "passed", "warn": "warnings", "fail": "failed", "skip": "skipped"}
+_DIFFERENCES = {
+    "changed": ("warn", "changed"),
+    "reshaped": ("fail", "reshaped"),
+    "only-a": ("fail", "only in A"),
+    "only-b": ("fail", "only in B"),
+    "within": ("within", "within tolerance"),
+    "rounded": ("rounded", "rounded"),
+    "equal": ("pass", "equal"),
+}
+
+Tile = tuple[str, str, str]
+"""A figure worth a glance: its name, its value, and what it is of."""
+
+
+def to_html(report: MergeReport | VerifyReport | DiffReport) -> str:
+    """The report, most important things first.
+
+    Args:
+        report: What a merge, a verification or a comparison found.
+
+    Returns:
+        A page with its styles, scripts and data inside; plotly.js is in it only where there is a chart that needs it.
+    """
+    context = _difference(report) if isinstance(report, DiffReport) else _model(report)
+    shared = {"report": report, "verdict": _VERDICTS[report.status], "roles": _roles(report), "charts": (), "plotly": ""}
+    return _environment().get_template("report.html.j2").render(shared | context)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lora_merge_cli", "reports/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "bytes": byte_size,
+        "quantity": quantity,
+        "scale": short_scale,
+        "time": _time,
+        "value": _value,
+        "shape": _shape,
+        "pretty": _pretty,
+        "kept_as": survival_for,
+    }
+    return environment
+
+
+def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
+    context = {
+        "page": "model.html.j2",
+        "tally": [(status, count, _CHECKS[status]) for status, count in _counted(report.checks)],
+        "checks": sorted(report.checks, key=lambda check: _PROBLEMS_FIRST.index(check.status)),
+        "tiles": list(_tiles(report)),
+        "parts": _parts(report.groups),
+        "treatments": _TREATMENTS,
+        "proven": [site for site in report.sites if site.proof is not None],
+        "measured": any(site.relative_norm is not None for site in report.sites),
+        "min_gain": report.min_gain if isinstance(report, VerifyReport) else None,
+        "dropped": _by_reason(report) if isinstance(report, MergeReport) else {},
+    }
+    if any(site.layers or site.spectrum for site in report.sites):
+        from lora_merge_cli.reports.charts import model_charts, plotly_script
+
+        charts = model_charts(report)
+        context |= {"charts": charts, "plotly": Markup(plotly_script()) if charts else ""}
+    return context
+
+
+def _difference(report: DiffReport) -> dict[str, Any]:
+    counted = [(status, report.counts[status]) for status in _DIFFERENCES if report.counts.get(status)]
+    farthest = sorted((leaf for leaf in report.leaves if leaf.relative_l2), key=lambda leaf: -(leaf.relative_l2 or 0))
+    return {
+        "page": "diff.html.j2",
+        "tally": [(_DIFFERENCES[status][0], count, _DIFFERENCES[status][1]) for status, count in counted],
+        "tiles": [
+            ("leaves", f"{len(report.leaves):,}", "in A or B"),
+            ("tolerance", _tolerance(report), "absolute, and relative to A"),
+            *_costs(report),
+        ],
+        "words": _DIFFERENCES,
+        "farthest": farthest[: max(report.top, 1)],
+        "shown": report.leaves[:_MOST_LEAVES],
+    }
+
+
+def _counted(checks: Iterable[CheckRecord]) -> Iterator[tuple[str, int]]:
+    counts = Counter(check.status for check in checks)
+    return ((status, counts[status]) for status in ("pass", "warn", "fail", "skip") if counts)
+
+
+def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
+    experts = Counter(site.group for site in report.sites)
+    yield "adapters", str(len(report.sites)), ", ".join(f"{count} {group}" for group, count in experts.items())
+    largest = max(report.sites, key=lambda site: site.relative_norm or 0, default=None)
+    if largest is not None and largest.relative_norm is not None:
+        yield "largest |delta| / |kernel|", figure(largest.relative_norm), largest.label
+    gains = [(kept.gain_along_inputs, site.label) for site, kept in _served(report) if kept is not None]
+    if gains:
+        yield f"least gain in {report.serving_dtype}", figure(min(gains)[0]), min(gains)[1]
+    shares = [(site.proof.worst_share, site.label) for site in report.sites if site.proof is not None]
+    if shares:
+        worst = max(shares, key=lambda share: float("inf") if share[0] is None else share[0])
+        yield "worst share of its bound", figure(worst[0]), worst[1]
+    if isinstance(report, MergeReport):
+        planned = "of arrays" if report.bytes_on_disk is None else f"on disk; {byte_size(report.output_bytes)} of arrays"
+        yield "output", byte_size(report.bytes_on_disk or report.output_bytes), planned
+    yield from _costs(report)
+
+
+def _served(report: ModelReport) -> Iterator[tuple[SiteRecord, Any]]:
+    for site in report.sites:
+        kept = survival_for(site, report.serving_dtype)
+        yield site, kept if kept is not None and kept.gain_along_inputs is not None else None
+
+
+def _costs(report: MergeReport | VerifyReport | DiffReport) -> Iterator[Tile]:
+    if report.seconds is not None:
+        device = report.device if isinstance(report, MergeReport) else None
+        yield "time", _time(report.seconds), f"on {device}" if device else ""
+    if report.peak_rss_bytes is not None:
+        yield "peak memory", byte_size(report.peak_rss_bytes), "resident"
+    elif isinstance(report, MergeReport):
+        yield "peak memory", byte_size(report.peak_bytes_planned), "estimated"
+
+
+def _parts(groups: Iterable[GroupRecord]) -> dict[str, list[GroupRecord]]:
+    """The groups by part, in the order in which their statuses are explained."""
+    parts: dict[str, list[GroupRecord]] = {}
+    for group in sorted(groups, key=lambda group: [*_TREATMENTS, group.status].index(group.status)):
+        parts.setdefault(group.part, []).append(group)
+    return dict(sorted(parts.items(), key=lambda item: -sum(group.parameters for group in item[1])))
+
+
+def _by_reason(report: MergeReport) -> Mapping[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for leaf in report.dropped:
+        reasons.setdefault(leaf.reason, []).append(leaf.path)
+    return reasons
+
+
+def _roles(report: MergeReport | VerifyReport | DiffReport) -> dict[str, str]:
+    names = {"a": "A", "b": "B"}
+    return {source.role: names.get(source.role, source.role) for source in report.sources}
+
+
+def _tolerance(report: DiffReport) -> str:
+    if report.atol is None or report.rtol is None:
+        return "bits"
+    return f"{report.atol:.3g} + {report.rtol:.3g}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def _value(value: float | int | str | None) -> str:
+    """A check's figure."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else figure(value)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "-" if shape is None else " × ".join(map(str, shape)) or "scalar"
+
+
+def _pretty(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,59 @@
+"""The JSON Schema of the reports, derived from their records."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+from lora_merge_cli import report
+from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+
+
+def report_schema() -> dict[str, Any]:
+    """What every JSON report conforms to; draft 2020-12."""
+    from pydantic import Field, TypeAdapter
+
+    union = Annotated[MergeReport | VerifyReport | DiffReport, Field()]
+    schema = TypeAdapter[Any](union).json_schema(mode="serialization")
+    docs = _field_docs()
+    schema["$defs"] = {
+        name: _described_record(definition, getattr(report, name), docs) for name, definition in schema["$defs"].items()
+    }
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lora-merge report",
+        "description": "What a merge, a verification or a comparison found.",
+    }
+    return head | schema
+
+
+def _described_record(definition: dict[str, Any], record: type, docs: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The definition with all docstrings: pydantic reads none of inherited fields, and its older versions none at all."""
+    texts = {field: text for base in reversed(record.__mro__) for field, text in docs.get(base.__name__, {}).items()}
+    fields = {name: _described(field, texts[name]) for name, field in definition["properties"].items()}
+    return _described(definition, inspect.getdoc(record) or "") | {"properties": fields}
+
+
+def _described(schema: dict[str, Any], docstring: str) -> dict[str, Any]:
+    text = " ".join(docstring.split()).replace("``", "`")
+    return {"description": text} | {key: value for key, value in schema.items() if key not in ("title", "description")}
+
+
+def _field_docs() -> dict[str, dict[str, str]]:
+    """The string below each field, by class and field."""
+    module = ast.parse(inspect.getsource(report))
+    return {
+        record.name: dict(_documented(itertools.pairwise(record.body)))
+        for record in module.body
+        if isinstance(record, ast.ClassDef)
+    }
+
+
+def _documented(pairs: Iterable[tuple[ast.stmt, ast.stmt]]) -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        match pair:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                yield name, text

@@ -1,0 +1,318 @@
+"""From what was found to checks: pass, warn or fail, with a message and its numbers. docs/verify.md says what each means."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_merge_cli.assets import NORM_STATS, check_assets
+from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.records import ModelSummary
+from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.verification.examination import Findings, SiteFinding
+from lora_merge_cli.verification.site_judge import LayerVerdict
+
+CHECK_IDS = (
+    "readable",
+    "structure",
+    "adapters-stripped",
+    "finite",
+    "untouched-bits",
+    "fused-exact",
+    "forward",
+    "delta-survival",
+    "base",
+    "assets",
+    "provenance",
+)
+"""Every check, in the order of a report."""
+
+_MANY = 8
+_NOTHING = 0.01
+_SAME_DIRECTION = 0.995
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How strictly to judge."""
+
+    sample: int | None = None
+    """How many layers of each site to look at; None for all."""
+    min_gain: float = 0.98
+    """The least gain along an adapter's inputs that needs no warning."""
+    strict: bool = False
+    """Whether a lesser gain fails."""
+    rounding: Literal["nearest", "any"] = "nearest"
+    """How the kernels were rounded to their stored dtype: to nearest, or to either neighbour."""
+
+
+def readable(findings: Findings) -> CheckRecord:
+    """Every leaf of the result decodes."""
+    if findings.unreadable:
+        names = list(findings.unreadable)
+        message = f"{len(names)} leaves cannot be read: {findings.unreadable[names[0]]}"
+        return CheckRecord("readable", "fail", message, {"leaves": len(names)}, tuple(names[:_MANY]))
+    return CheckRecord("readable", "pass", "every leaf that was looked at can be read")
+
+
+def structure(findings: Findings) -> CheckRecord:
+    """Exactly the leaves that should be there, in their shapes and dtypes."""
+    wrong = [*_listed("missing", findings.missing), *_listed("not in the checkpoint", findings.unexpected)]
+    wrong += [f"{name} is of shape {words}" for name, words in findings.reshaped.items()]
+    wrong += [f"{name} is {words}" for name, words in findings.recast.items()]
+    if findings.unservable:
+        wrong.append(findings.unservable)
+    figures = {
+        "missing": len(findings.missing),
+        "unexpected": len(findings.unexpected),
+        "reshaped": len(findings.reshaped),
+        "recast": len(findings.recast),
+        "widened": len(findings.widened),
+    }
+    names = [*findings.missing, *findings.unexpected, *findings.reshaped, *findings.recast]
+    if wrong:
+        return CheckRecord("structure", "fail", "; ".join(wrong[:3]), figures, tuple(names[:_MANY]))
+    if findings.widened:
+        words = next(iter(findings.widened.values()))
+        message = f"{len(findings.widened)} untouched leaves are stored wider than they need be, the first as {words}"
+        return CheckRecord("structure", "warn", message, figures, tuple(findings.widened)[:_MANY])
+    return CheckRecord(
+        "structure", "pass", "exactly the leaves that should be there, in their shapes and dtypes", figures
+    )
+
+
+def adapters_stripped(findings: Findings) -> CheckRecord:
+    """No adapter key is left."""
+    names = findings.adapters
+    if names:
+        message = f"{len(names)} adapter keys are left: a server would ignore them or apply them again"
+        return CheckRecord("adapters-stripped", "fail", message, {"keys": len(names)}, tuple(names[:_MANY]))
+    return CheckRecord("adapters-stripped", "pass", "no adapter key is left")
+
+
+def finite(findings: Findings) -> CheckRecord:
+    """No NaN and no Inf, but for those that an untouched leaf had before."""
+    for status, found, words in (
+        ("fail", findings.not_finite, "are NaN or Inf"),
+        ("warn", findings.not_finite_before, "are NaN or Inf in leaves that no adapter touches, as they were before"),
+    ):
+        if found:
+            count = sum(found.values())
+            return CheckRecord(
+                "finite",
+                "fail" if status == "fail" else "warn",
+                f"{count} entries of {len(found)} leaves {words}",
+                {"entries": count},
+                tuple(found)[:_MANY],
+            )
+    return CheckRecord("finite", "pass", "no NaN and no Inf")
+
+
+def untouched_bits(findings: Findings) -> CheckRecord:
+    """Every leaf that no adapter touches is the checkpoint's, bit for bit."""
+    altered = findings.altered
+    figures = {"leaves": findings.untouched, "altered": len(altered)}
+    if altered:
+        worst = max(altered, key=lambda name: altered[name].relative_l2 or 0.0)
+        change = altered[worst]
+        how = "rounded" if all(found.rounded for found in altered.values()) else "altered"
+        relative = "" if change.relative_l2 is None else f", |change|/|leaf| {change.relative_l2:.2g}"
+        message = (
+            f"{len(altered)} of {findings.untouched} leaves that no adapter touches are {how}; the most: {worst} "
+            f"({change.changed} of {change.entries} entries{relative})"
+        )
+        return CheckRecord("untouched-bits", "fail", message, figures, tuple(altered)[:_MANY])
+    message = f"{findings.untouched} leaves that no adapter touches are the checkpoint's, bit for bit"
+    return CheckRecord("untouched-bits", "pass", message, figures)
+
+
+def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> CheckRecord:
+    """Every entry of every kernel is the sum that the adapter makes, up to the rounding of a right float32 merge."""
+    layers = _layers(findings)
+    shares = {where: verdict.worst_share for where, (_, _, verdict) in layers.items()}
+    wrong = {where: found for where, found in layers.items() if not found[2].worst_share <= 1}
+    if not layers:
+        return CheckRecord("fused-exact", "skip", "no kernel could be compared")
+    worst = max(shares, key=lambda where: shares[where])
+    figures = {
+        "kernels": len(findings.sites),
+        "layers": len(layers),
+        "layers_beyond": len(wrong),
+        "entries_beyond": sum(verdict.beyond for _, _, verdict in wrong.values()),
+        "worst_share": shares[worst] if math.isfinite(shares[worst]) else None,
+    }
+    sampled = _sampled(judging)
+    if not wrong:
+        message = f"every entry is the float64 sum within its bound; the worst takes {shares[worst]:.0%} of it{sampled}"
+        return CheckRecord("fused-exact", "pass", message, figures, (worst,))
+    kernels = len({site for site, _, _ in wrong.values()})
+    reasons = list(dict.fromkeys(_reason(findings.sites[site], layer) for site, layer, _ in wrong.values()))
+    message = f"{kernels} of {len(findings.sites)} kernels are not what their adapters make: {'; '.join(reasons[:3])}"
+    if not has_base and all(not verdict.off_the_rounding for _, _, verdict in wrong.values()):
+        message += "; as if the delta were added to unrounded kernels: pass the --base that it was made with"
+    elif judging.rounding == "nearest" and 1 < shares[worst] <= 2:
+        message += "; within one ulp: pass --rounding any if it was not rounded to nearest"
+    ordered = sorted(wrong, key=lambda where: -shares[where])
+    return CheckRecord("fused-exact", "fail", message + sampled, figures, tuple(ordered[:_MANY]))
+
+
+def forward(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRecord:
+    """Random inputs through kernel and adapter, as the model runs them, and through the merged kernel."""
+    layers = _layers(findings)
+    if not layers:
+        return CheckRecord("forward", "skip", "no kernel could be run")
+    errors = {where: verdict.forward for where, (_, _, verdict) in layers.items()}
+    measured = {where: found.error for where, found in errors.items() if found.error is not None}
+    served = {where: found.served for where, found in errors.items() if found.served is not None}
+    worst = max(measured, key=lambda where: measured[where], default=next(iter(layers)))
+    wrong = sorted((where for where, found in errors.items() if not found.share <= 1), key=lambda w: -errors[w].share)
+    share = max(found.share for found in errors.values())
+    figures = {
+        "error": measured.get(worst),
+        "worst_share": share if math.isfinite(share) else None,
+        f"error_in_{serving_dtype}": max(served.values(), default=None),
+    }
+    sampled = _sampled(judging)
+    words = f"off by up to {measured.get(worst, 0.0):.2g} of what the adapter adds"
+    if wrong:
+        message = f"{len(wrong)} of {len(layers)} layers do not act as kernel and adapter do: {words}{sampled}"
+        return CheckRecord("forward", "fail", message, figures, tuple(wrong[:_MANY]))
+    lost = [where for where, error in served.items() if error > 1]
+    if lost:
+        message = (
+            f"acts as kernel and adapter do ({words}), but served in {serving_dtype} {len(lost)} of {len(layers)} layers are "
+            f"further from it than without the adapter: serve in float32{sampled}"
+        )
+        return CheckRecord("forward", "warn", message, figures, tuple(lost[:_MANY]))
+    return CheckRecord("forward", "pass", f"acts as kernel and adapter do, {words}{sampled}", figures, (worst,))
+
+
+def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRecord:
+    """How much of each delta the stored and the serving dtype keep."""
+    if not findings.sites:
+        return CheckRecord("delta-survival", "skip", "no kernel could be compared")
+    figures: dict[str, float | int | str | None] = {}
+    low: list[str] = []
+    names: list[str] = []
+    for role, advice in (
+        ("stored", "store it with --dtype float32, or merge with --base"),
+        ("served", "serve it in float32, or merge with --base"),
+    ):
+        gains = {}
+        for name, found in findings.sites.items():
+            dtype = found.dtype.name if role == "stored" else serving_dtype
+            gain = found.total.survival(dtype).gain_along_inputs
+            if gain is not None and (role == "stored" or dtype != found.dtype.name):
+                gains[name] = gain
+        if not gains:
+            continue
+        figures[f"least_gain_{role}"] = min(gains.values())
+        lost = sorted((name for name, gain in gains.items() if gain < judging.min_gain), key=lambda name: gains[name])
+        if lost:
+            dtypes = sorted({findings.sites[name].dtype.name for name in lost}) if role == "stored" else [serving_dtype]
+            low.append(
+                f"{role} as {' and '.join(dtypes)}, {len(lost)} of {len(gains)} deltas keep less than {judging.min_gain:g} "
+                f"along the adapter's inputs (least {gains[lost[0]]:.3f}): {advice}"
+            )
+            names += [name for name in lost if name not in names]
+    zero = [name for name, found in findings.sites.items() if found.total.max_abs == 0]
+    if zero:
+        low.append(f"{len(zero)} deltas are exactly zero")
+        names += zero
+    sampled = _sampled(judging)
+    if low:
+        fails = judging.strict and len(names) > len(zero)
+        message = "; ".join(low) + sampled
+        return CheckRecord("delta-survival", "fail" if fails else "warn", message, figures, tuple(names[:_MANY]))
+    message = f"every delta keeps at least {judging.min_gain:g} of itself along the adapter's inputs{sampled}"
+    return CheckRecord("delta-survival", "pass", message, figures)
+
+
+def base(findings: Findings, *, given: bool) -> CheckRecord:
+    """The leaves that the fine-tune froze are the base's, rounded, bit for bit."""
+    if not given:
+        return CheckRecord("base", "skip", "no --base")
+    figures = {"leaves": findings.frozen, "differing": len(findings.not_frozen)}
+    if findings.not_frozen:
+        message = (
+            f"{len(findings.not_frozen)} of {findings.frozen} frozen leaves are not the base's, rounded to their dtype: "
+            "it is not what the fine-tune started from"
+        )
+        return CheckRecord("base", "fail", message, figures, tuple(findings.not_frozen[:_MANY]))
+    message = f"{findings.frozen} frozen leaves are the base's, rounded to their dtype, bit for bit"
+    return CheckRecord("base", "pass", message, figures)
+
+
+def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) -> CheckRecord:
+    """What serving needs beside the parameters: present, finite, sane, and the checkpoint's."""
+    if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.name == "unknown"):
+        return CheckRecord("assets", "skip", "neither the checkpoint nor the result has assets")
+    after = check_assets(merged.assets, quantiles=summary.needs_quantiles)
+    before = check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
+    old = {_without_folder(problem, checkpoint.assets) for problem in before.problems}
+    new = [problem for problem in after.problems if _without_folder(problem, merged.assets) not in old]
+    figures = {"norm_stats": len(after.asset_ids)}
+    if new:
+        return CheckRecord("assets", "fail", "; ".join(new[:3]), figures)
+    if after.problems:
+        return CheckRecord("assets", "warn", f"as in the checkpoint: {'; '.join(after.problems[:3])}", figures)
+    changed = list(_changed_norm_stats(merged.assets, checkpoint.assets))
+    if changed:
+        message = "norm stats are sane and not the checkpoint's: actions are scaled in another way"
+        return CheckRecord("assets", "warn", message, figures, tuple(changed[:_MANY]))
+    return CheckRecord("assets", "pass", f"norm stats of {', '.join(after.asset_ids)} are there and sane", figures)
+
+
+def _without_folder(problem: str, folder: Path | None) -> str:
+    return problem if folder is None else problem.replace(str(folder), "assets")
+
+
+def _changed_norm_stats(after: Path | None, before: Path | None) -> Iterator[str]:
+    if after is None or before is None:
+        return
+    for file in sorted(before.rglob(NORM_STATS)):
+        name = file.relative_to(before)
+        if not (after / name).is_file():
+            yield f"{name} is missing"
+        elif json.loads((after / name).read_text()) != json.loads(file.read_text()):
+            yield str(name)
+
+
+def _layers(findings: Findings) -> dict[str, tuple[str, int, LayerVerdict]]:
+    """Every layer that was looked at, by how it is called: its site, number and verdict."""
+    return {
+        f"{name}, layer {layer}" if found.stacked else name: (name, layer, verdict)
+        for name, found in findings.sites.items()
+        for layer, verdict in found.layers.items()
+    }
+
+
+def _sampled(judging: Judging) -> str:
+    return "" if judging.sample is None else f" (at most {judging.sample} layers of each looked at)"
+
+
+def _listed(words: str, names: list[str]) -> Iterator[str]:
+    if names:
+        yield f"{len(names)} {words}"
+
+
+def _reason(found: SiteFinding, layer: int) -> str:
+    """What the realised delta looks like beside the ideal one: which mistake would make it."""
+    verdict = found.layers[layer]
+    if verdict.non_finite:
+        return "not finite"
+    survival = verdict.moments.survival(found.dtype.name)
+    if survival.gain is None:
+        return "a change where the adapter makes none"
+    if survival.unchanged == 1 or (abs(survival.gain) < _NOTHING and (survival.relative_error or 0) < 1 + _NOTHING):
+        return "the adapter is missing"
+    if survival.cosine is not None and survival.cosine > _SAME_DIRECTION:
+        if round(survival.gain, 2) == 1:
+            return "the adapter is there, with errors that no rounding explains"
+        twice = " (merged twice?)" if round(survival.gain, 2) == 2 else " (another scale?)"
+        return f"the adapter is there {survival.gain:.4g} times{twice}"
+    return "another delta (a wrong equation, layer, adapter or orientation?)"

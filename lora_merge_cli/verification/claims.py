@@ -1,0 +1,121 @@
+"""What a result's ``lora_merge.json`` says, and whether it agrees with what is there. Nothing it says is believed in silence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.records import first_names
+from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.verification.examination import Findings
+from lora_merge_cli.verification.expectation import Expectation
+
+ID = "provenance"
+
+
+@dataclass(frozen=True)
+class Claims:
+    """A provenance file."""
+
+    problem: str | None = None
+    """Why it cannot be read."""
+    multiplier: float = 1.0
+    """The ``--scale`` of the merge."""
+    base: str | None = None
+    """The path of the base that it was made with."""
+    fingerprint: str | None = None
+    """That of the checkpoint that was merged."""
+    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The records of its sites by kernel name."""
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The scale of each site, where it states one."""
+        found = {name: _number(site.get("scale")) for name, site in self.sites.items()}
+        return {name: scale for name, scale in found.items() if scale is not None}
+
+
+def read_claims(merged: Checkpoint) -> Claims | None:
+    """The provenance beside a result; None if there is none."""
+    if merged.provenance is None:
+        return None
+    try:
+        document = json.loads(merged.provenance.read_text())
+        sources = {source["role"]: source for source in document["sources"]}
+        return Claims(
+            multiplier=float(document["multiplier"]),
+            base=sources["base"]["path"] if "base" in sources else None,
+            fingerprint=sources["checkpoint"]["fingerprint"],
+            sites={site["target"]: site for site in document["sites"]},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Claims(problem=f"{type(error).__name__}: {error}")
+
+
+def check_provenance(
+    claims: Claims | None,
+    checkpoint: Checkpoint,
+    expectation: Expectation,
+    findings: Findings,
+    multiplier: float,
+    has_base: bool,
+) -> CheckRecord:
+    """Whether the provenance agrees with the flags, the checkpoint and the result."""
+    if claims is None:
+        return CheckRecord(ID, "skip", "no lora_merge.json: nothing is claimed")
+    if claims.problem is not None:
+        return CheckRecord(ID, "fail", f"lora_merge.json is no record of a merge ({claims.problem})")
+    wrong = list(_disagreements(claims, expectation, findings, multiplier, has_base))
+    if wrong:
+        return CheckRecord(ID, "fail", f"lora_merge.json {first_names(wrong, 3)}", {"disagreements": len(wrong)})
+    doubts = []
+    if expectation.claimed:
+        doubts.append(
+            f"the scale of {len(expectation.claimed)} sites is taken from lora_merge.json, and nobody else states it: "
+            "pass --lora-alpha to check it"
+        )
+    if claims.fingerprint != checkpoint.source.fingerprint():
+        doubts.append("lora_merge.json was written for a checkpoint with other files than the one given")
+    if doubts:
+        return CheckRecord(ID, "warn", "; ".join(doubts), where=expectation.claimed[:5])
+    return CheckRecord(ID, "pass", "lora_merge.json agrees with the checkpoint and the result")
+
+
+def _disagreements(
+    claims: Claims, expectation: Expectation, findings: Findings, multiplier: float, has_base: bool
+) -> Iterator[str]:
+    if not math.isclose(claims.multiplier, multiplier, rel_tol=1e-9):
+        yield f"says --scale {claims.multiplier:g}, and this judges {multiplier:g}: pass --scale {claims.multiplier:g}"
+    if claims.base is not None and not has_base:
+        yield f"says that it was made with --base {claims.base}: pass it here too"
+    if claims.base is None and has_base:
+        yield "says that it was made without a base, and --base is given"
+    expected = {site.name for site in expectation.sites}
+    yield from _differences("says that these were merged, and they should not be", claims.sites.keys() - expected)
+    yield from _differences("does not say that these were merged", expected - claims.sites.keys())
+    for site in expectation.sites:
+        record = claims.sites.get(site.name)
+        if record is None:
+            continue
+        scale = _number(record.get("scale"))
+        value = site.parameters.scale.value or 0.0
+        if scale is None or not math.isclose(scale, value, rel_tol=1e-6):
+            yield f"says scale {record.get('scale')} at {site.name}, and this judges {value:g}"
+        found = findings.sites.get(site.name)
+        if found is not None and record.get("dtype") != found.dtype.name:
+            yield f"says {record.get('dtype')} at {site.name}, and it is {found.dtype.name}"
+        if found is not None and record.get("adapter_digest") not in (None, found.digest):
+            yield f"was written for another adapter at {site.name}"
+
+
+def _differences(words: str, names: Sequence[str] | set[str]) -> Iterator[str]:
+    if names:
+        yield f"{words}: {first_names(sorted(names), 3)}"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,152 @@
+"""A site as the model runs it, for a few random inputs: kernel and adapter beside the merged kernel. NumPy, float64.
+
+Nothing here knows how a merge fuses; the einsums are the dialect's `Forward`, which are the trainer's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_merge_cli.records import Array, Forward, Region
+
+INPUTS = 8
+"""How many inputs go through each layer; half of them are mixtures of lora_a's columns."""
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the merged kernel is from kernel and adapter, over all inputs."""
+
+    error: float | None
+    """``|y' - y| / |y - x w|``: the root mean square over inputs. None where the adapter contributes nothing."""
+    share: float
+    """The largest error of an output as a share of what the bounds of the kernel's entries allow."""
+    served: float | None
+    """``|y' - y| / |y - x w|`` with both kernels cast to the serving dtype."""
+
+
+class ModelLayer:
+    """One layer with its inputs; takes the kernel piece by piece, since it is linear in it.
+
+    Args:
+        forward: What the model computes.
+        shape: The kernel's extents in one layer.
+        a: One layer of lora_a, float64.
+        b: One layer of lora_b, float64.
+        scale: What the adapter's output is multiplied by.
+        rng: Where the inputs come from.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        shape: tuple[int, ...],
+        a: Array,
+        b: Array,
+        scale: float,
+        rng: np.random.Generator,
+    ) -> None:
+        operands, self._output = forward.base.split("->")
+        self._input, self._kernel = operands.split(",")
+        self._formula = forward.base
+        sizes = dict(zip(self._kernel, shape, strict=True))
+        self._inputs = _inputs(forward, self._input, sizes, a, rng)
+        self._magnitudes = np.abs(self._inputs)
+        self._adapter = scale * np.einsum(
+            forward.up, np.einsum(forward.down, self._inputs, a, optimize=True), b, optimize=True
+        )
+        self._base = np.zeros(self._adapter.shape)
+        self._merged = np.zeros(self._adapter.shape)
+        self._served = np.zeros(self._adapter.shape)
+        self._limit = np.zeros(self._adapter.shape)
+
+    def take(self, region: Region, kernel: Array, merged: Array, served: Array, limit: Array) -> LayerPart:
+        """What one piece of the kernel contributes; nothing is kept, so pieces may be computed at the same time.
+
+        Args:
+            region: Where the piece lies in the layer's kernel.
+            kernel: The kernel that the adapter is added to there, float64.
+            merged: The merged kernel there.
+            served: The difference of the two once both are cast to the serving dtype.
+            limit: The bound of each entry's error.
+        """
+        parts = dict(zip(self._kernel, region, strict=True))
+        x, magnitudes = (
+            values[tuple(parts.get(dim, slice(None)) for dim in self._input)]
+            for values in (self._inputs, self._magnitudes)
+        )
+        return LayerPart(
+            where=tuple(parts.get(dim, slice(None)) for dim in self._output),
+            base=np.einsum(self._formula, x, kernel, optimize=True),
+            merged=np.einsum(self._formula, x, merged, optimize=True),
+            served=np.einsum(self._formula, x, served, optimize=True),
+            limit=np.einsum(self._formula, magnitudes, limit, optimize=True),
+        )
+
+    def add(self, part: LayerPart) -> None:
+        """Add what a piece contributes."""
+        self._base[part.where] += part.base
+        self._merged[part.where] += part.merged
+        self._served[part.where] += part.served
+        self._limit[part.where] += part.limit
+
+    def finish(self) -> LayerError:
+        """The errors, once every piece was added."""
+        error = self._merged - (self._base + self._adapter)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.where(error == 0, 0.0, np.abs(error) / self._limit)
+        return LayerError(
+            self._relative(error),
+            float(share.max(initial=0.0)) if np.isfinite(share).all() else math.inf,
+            self._relative(self._served - self._adapter),
+        )
+
+    def _relative(self, error: Array) -> float | None:
+        """The root mean square over inputs of the error's norm, relative to that of the adapter's output."""
+        per_input = self._output.index(_position(self._input))
+        axes = tuple(axis for axis in range(error.ndim) if axis != per_input)
+        wanted = np.square(self._adapter).sum(axis=axes)
+        if not np.all(wanted > 0):
+            return None
+        ratio = float(np.sqrt(np.mean(np.square(error).sum(axis=axes) / wanted)))
+        return ratio if math.isfinite(ratio) else None
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """What a piece of the kernel contributes to the outputs at `where`."""
+
+    where: Region
+    base: Array
+    merged: Array
+    served: Array
+    limit: Array
+
+
+def _position(dims: str) -> str:
+    """The dim of a model's input that numbers the positions of a sequence: the second, after the batch."""
+    return dims[1]
+
+
+def _inputs(forward: Forward, dims: str, sizes: dict[str, int], a: Array, rng: np.random.Generator) -> Array:
+    """Inputs of norm 1: random ones, and random mixtures of lora_a's columns, to which the adapter reacts most."""
+    position = _position(dims)
+    features = [dim for dim in dims if dim in sizes]
+    half = INPUTS // 2
+    plain = rng.standard_normal((half, *(sizes[dim] for dim in features)))
+    a_dims = forward.down.split("->")[0].split(",")[1]
+    others = "".join(dim for dim in a_dims if dim not in features)
+    amounts = rng.standard_normal(
+        (INPUTS - half, *(n for dim, n in zip(a_dims, a.shape, strict=True) if dim in others))
+    )
+    joined = "".join(features)
+    mixed = np.einsum(f"{a_dims},{position}{others}->{position}{joined}", a, amounts, optimize=True)
+    inputs = np.concatenate([plain, mixed])
+    norms = np.sqrt(np.square(inputs).sum(axis=tuple(range(1, inputs.ndim)), keepdims=True))
+    inputs = inputs / np.where(norms > 0, norms, 1.0)
+    order = [dims.index(dim) for dim in (*(d for d in dims if d not in sizes), *features)]
+    # One sequence: the batch dim has extent 1.
+    return np.transpose(inputs[None], np.argsort(order))

@@ -1,0 +1,321 @@
+"""A merged kernel against its ideal, entry by entry: NumPy and float64 where the merge uses float32 on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lora_merge_cli.compare import equals_rounded
+from lora_merge_cli.dtypes import ulp
+from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.lowrank import input_basis
+from lora_merge_cli.records import AdapterSite, Array, Region, region_shape, relative
+from lora_merge_cli.side_by_side import row_pieces
+from lora_merge_cli.survival import Moments, Realised
+from lora_merge_cli.verification.model_layer import LayerError, LayerPart, ModelLayer
+
+_PIECE_ENTRIES = 2**18
+_EPSILON = 2.0**-24
+_TINY = 2.0**-126
+
+
+@dataclass
+class LayerVerdict:
+    """What was found of one layer of a site."""
+
+    moments: Moments = field(default_factory=Moments)
+    """Survival of the delta, in the stored and in the serving dtype."""
+    worst_share: float = 0.0
+    """The largest error of an entry as a share of its bound; Inf where an entry is not finite."""
+    beyond: int = 0
+    """How many entries exceed their bound."""
+    off_the_rounding: int = 0
+    """How many are further off than the rounding of the kernel in the checkpoint explains."""
+    non_finite: int = 0
+    """How many entries of the merged kernel are NaN or Inf."""
+    forward: LayerError = field(default_factory=lambda: LayerError(None, 0.0, None))
+    """What the layer computes."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a merged kernel may differ from its ideal."""
+
+    serving_dtype: np.dtype[Any]
+    """What servers cast to."""
+    ulps: float
+    """The rounding to the stored dtype: 0.5 to nearest, 1 otherwise."""
+    multiplier: float
+    """What the delta is multiplied by besides the site's scale."""
+
+
+class SiteJudge:
+    """Judges one site, block by block in any order.
+
+    The ideal is ``ref = w + s * a @ b`` in float64, and an entry may be off by
+
+        ulps * ulp(ref) + c * (2^-24 * (|w| + |s| * |a_i| * |b_j|) + 2^-126),   c = rank + heads + 4
+
+    with ulp that of the stored dtype, ``|b|`` summed over the heads where the model sums them. Any sum of rank float32 products
+    in any order stays below it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); 2^-126 is for devices
+    that flush subnormal numbers to zero.
+
+    Args:
+        where: The kernel in the checkpoint, as errors name it.
+        site: The site.
+        shape: The kernel's shape.
+        factors: ``lora_a`` and ``lora_b``, as stored.
+        dtype: The merged kernel's dtype.
+        terms: What else it may differ by.
+        layers: The stacked layers to look at; ``(0,)`` where none are stacked.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        site: AdapterSite,
+        shape: tuple[int, ...],
+        factors: Mapping[str, Array],
+        dtype: np.dtype[Any],
+        terms: Terms,
+        layers: Sequence[int],
+    ) -> None:
+        self._equation = equation = site.parameters.equation
+        self._where, self._dtype, self._terms = where, dtype, terms
+        self._scale = float(site.parameters.scale.value or 0.0) * terms.multiplier
+        batch, inputs, outputs, rank = equation.batch, equation.inputs, equation.outputs, equation.rank
+        a, b = (factors[role].astype(np.float64) for role in ("lora_a", "lora_b"))
+        summed = tuple(equation.b.index(dim) for dim in equation.summed)
+        heads = math.prod(b.shape[axis] for axis in summed)
+        self._allowed_steps = site.parameters.rank + heads + 4
+        self._a = _arranged(a, equation.a, batch + inputs + rank)
+        kept = "".join(dim for dim in equation.b if dim not in equation.summed)
+        self._b = _arranged(b.sum(axis=summed), kept, batch + rank + outputs)
+        self._b_size = _arranged(np.abs(b).sum(axis=summed), kept, batch + rank + outputs)
+        self._basis = input_basis(self._a, len(batch)).astype(np.float64)
+        self._first = 1 if equation.stacked else 0
+        self.layers = {layer: LayerVerdict() for layer in layers}
+        rng = np.random.default_rng(0)
+        self._models = {
+            layer: ModelLayer(
+                site.forward,
+                shape[self._first :],
+                a[layer] if equation.stacked else a,
+                b[layer] if equation.stacked else b,
+                self._scale,
+                rng,
+            )
+            for layer in layers
+        }
+        self._projections: dict[tuple[Any, ...], _Projection] = {}
+        self._input_entries = math.prod(self._a.shape[len(batch) : -1])
+        self.base_differs = False
+        """Whether some block of the kernel is not the base's, rounded to the kernel's dtype."""
+
+    def take(self, region: Region, kernel: Array, merged: Array, base: Array | None, pool: ThreadPoolExecutor) -> None:
+        """Judge one block.
+
+        Args:
+            region: Where it lies in the leaf.
+            kernel: The checkpoint's kernel there.
+            merged: The merged kernel there.
+            base: The base's kernel there, which the delta was added to instead; None without a base.
+            pool: Where to compute.
+        """
+        if base is not None and not self.base_differs:
+            self.base_differs = not equals_rounded(kernel, base)
+
+        def judge(piece: Region) -> _Piece:
+            inside = relative(piece, region)
+            return self._judge(piece, kernel[inside], merged[inside], None if base is None else base[inside])
+
+        for piece in pool.map(judge, self._pieces(region)):
+            self._add(piece)
+
+    def finish(self) -> dict[int, LayerVerdict]:
+        """What was found.
+
+        Raises:
+            RuntimeError: Some block was never judged.
+        """
+        if self._projections:
+            raise RuntimeError("not every part of the kernel was judged")
+        for layer, model in self._models.items():
+            self.layers[layer].forward = model.finish()
+        return self.layers
+
+    def _pieces(self, region: Region) -> Iterator[Region]:
+        """Pieces of one index of every batch dim, and of a layer that is looked at."""
+        extents = dict(zip(self._equation.target, region, strict=True))
+        for index in np.ndindex(*(extents[dim].stop - extents[dim].start for dim in self._equation.batch)):
+            at = dict(zip(self._equation.batch, index, strict=True))
+            block = tuple(
+                slice(part.start + at[dim], part.start + at[dim] + 1) if dim in at else part
+                for dim, part in extents.items()
+            )
+            if self._layer_of(block) in self.layers:
+                yield from row_pieces(block, _PIECE_ENTRIES)
+
+    def _layer_of(self, region: Region) -> int:
+        return int(region[0].start) if self._first else 0
+
+    def _judge(self, region: Region, kernel: Array, merged: Array, base: Array | None) -> _Piece:
+        equation, terms = self._equation, self._terms
+        parts = dict(zip(equation.target, region, strict=True))
+        batch = tuple(parts[dim].start for dim in equation.batch)
+        inputs = tuple(parts[dim] for dim in equation.inputs)
+        outputs = tuple(parts[dim] for dim in equation.outputs)
+        shape = region_shape(region)
+        a, basis = (_rows(values[(*batch, *inputs)]) for values in (self._a, self._basis))
+        b, b_size = (_columns(values[(*batch, slice(None), *outputs)]) for values in (self._b, self._b_size))
+
+        w = kernel.astype(np.float64)
+        added_to = w if base is None else base.astype(np.float64)
+        m = merged.astype(np.float64)
+        delta = self._as_kernel(self._scale * (a @ b), shape)
+        # A bound need not be computed more finely than it is meant.
+        size = np.abs(a).astype(np.float32) @ b_size.astype(np.float32)
+        size = self._as_kernel(abs(self._scale) * size.astype(np.float64), shape)
+        ideal = added_to + delta
+        limit = terms.ulps * ulp(ideal, self._dtype)
+        limit += self._allowed_steps * (_EPSILON * (np.abs(added_to) + size) + _TINY)
+        error = np.abs(m - ideal)
+        share = error / limit
+        bad = ~(share <= 1.0)
+        beyond = int(np.count_nonzero(bad))
+        found = LayerVerdict(beyond=beyond)
+        if beyond:
+            found.non_finite = int(np.count_nonzero(~np.isfinite(m)))
+            found.off_the_rounding = int(np.count_nonzero(bad & ~(error <= limit + 0.5 * ulp(added_to, kernel.dtype))))
+        found.worst_share = math.inf if found.non_finite else float(share.max(initial=0.0))
+        finite = not found.non_finite
+        if not finite:
+            m = np.where(np.isfinite(m), m, added_to)
+        moments = found.moments
+        moments.delta_sq = _sum_of_products(delta, delta)
+        moments.kernel_sq = _sum_of_products(w, w)
+        if not math.isfinite(moments.kernel_sq):
+            raise NonFiniteInput(
+                "a kernel under an adapter is not finite",
+                where=self._where,
+                expected="finite values",
+                found="NaN or Inf",
+            )
+        moments.max_abs = float(np.abs(delta).max(initial=0.0))
+        moments.entries = delta.size
+        projected = _Projection(len(a), self._scale * ((basis.T @ a) @ b))
+        served = np.zeros(shape)
+        stored_values = merged if finite else m.astype(merged.dtype)
+        for dtype in dict.fromkeys((self._dtype, terms.serving_dtype)):
+            q = _cast(stored_values, dtype) - _cast(kernel, dtype)
+            off = q - delta
+            moments.realised[dtype.name] = Realised(
+                q_dot_d=_sum_of_products(q, delta),
+                error_sq=_sum_of_products(off, off),
+                unchanged=int(q.size - np.count_nonzero(q)),
+            )
+            projected.seen[dtype.name] = basis.T @ self._as_matrix(q)
+            if dtype == terms.serving_dtype:
+                served = q
+        layer = self._layer_of(region)
+        inner = slice(self._first, None)
+        forward = self._models[layer].take(
+            region[inner],
+            *(values.reshape(values.shape[inner]) for values in (added_to, m, served, limit)),
+        )
+        return _Piece(layer, (layer, *batch, *(part.start for part in outputs)), found, projected, forward)
+
+    def _add(self, piece: _Piece) -> None:
+        verdict = self.layers[piece.layer]
+        verdict.moments.add(piece.found.moments)
+        verdict.worst_share = max(verdict.worst_share, piece.found.worst_share)
+        verdict.beyond += piece.found.beyond
+        verdict.off_the_rounding += piece.found.off_the_rounding
+        verdict.non_finite += piece.found.non_finite
+        self._models[piece.layer].add(piece.forward)
+        projection = self._projections.setdefault(piece.outputs, _Projection())
+        if projection.add(piece.projected) == self._input_entries:
+            del self._projections[piece.outputs]
+            for name, sums in projection.realised():
+                verdict.moments.realised[name].add(sums)
+
+    def _as_kernel(self, matrix: Array, shape: tuple[int, ...]) -> Array:
+        """A matrix of inputs by outputs in the kernel's own order of dims."""
+        extents = dict(zip(self._equation.target, shape, strict=True))
+        order = self._equation.batch + self._equation.inputs + self._equation.outputs
+        return np.transpose(
+            matrix.reshape([extents[dim] for dim in order]), [order.index(dim) for dim in self._equation.target]
+        )
+
+    def _as_matrix(self, kernel: Array) -> Array:
+        order = self._equation.batch + self._equation.inputs + self._equation.outputs
+        moved = np.transpose(kernel, [self._equation.target.index(dim) for dim in order])
+        rows = math.prod(moved.shape[: len(self._equation.batch + self._equation.inputs)])
+        return moved.reshape(rows, -1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What was found of one piece."""
+
+    layer: int
+    outputs: tuple[Any, ...]
+    """Which outputs it contributes to: the sums over the inputs are not over before all pieces of these are in."""
+    found: LayerVerdict
+    projected: _Projection
+    forward: LayerPart
+
+
+@dataclass
+class _Projection:
+    """``U^T q`` by dtype and ``U^T d`` for some outputs, summed over the inputs seen so far."""
+
+    covered: int = 0
+    ideal: Any = 0.0
+    seen: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, other: _Projection) -> int:
+        """Add the sums over other inputs, and say how many inputs were seen."""
+        self.covered += other.covered
+        self.ideal = self.ideal + other.ideal
+        for name, values in other.seen.items():
+            self.seen[name] = self.seen[name] + values if name in self.seen else values
+        return self.covered
+
+    def realised(self) -> Iterator[tuple[str, Realised]]:
+        """The figures along the adapter's inputs, by dtype."""
+        for name, values in self.seen.items():
+            yield (
+                name,
+                Realised(
+                    inputs_q_dot_d=float(np.sum(values * self.ideal)),
+                    inputs_d_sq=float(np.sum(np.square(self.ideal))),
+                    inputs_error_sq=float(np.sum(np.square(values - self.ideal))),
+                ),
+            )
+
+
+def _cast(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        return values.astype(dtype).astype(np.float64)
+
+
+def _arranged(values: Array, dims: str, order: Iterable[str]) -> Array:
+    return np.ascontiguousarray(np.transpose(values, [dims.index(dim) for dim in order]))
+
+
+def _rows(values: Array) -> Array:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _columns(values: Array) -> Array:
+    return values.reshape(values.shape[0], -1)
+
+
+def _sum_of_products(a: Array, b: Array) -> float:
+    return float(np.einsum("i,i->", a.reshape(-1), b.reshape(-1)))

@@ -1,0 +1,254 @@
+"""Verify, from paths to a report: open, say what is expected, examine, check."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_merge_cli import __version__
+from lora_merge_cli.dialects import Dialect, detect_dialect
+from lora_merge_cli.errors import CorruptCheckpoint, UsageError
+from lora_merge_cli.formats import open_checkpoint
+from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.listening import Listener
+from lora_merge_cli.plan import MergeOptions
+from lora_merge_cli.recording import (
+    group_records,
+    peak_rss,
+    site_record,
+    source_record,
+    versions,
+    with_measurements,
+)
+from lora_merge_cli.report import CheckRecord, ProofRecord, SiteRecord, VerifyReport
+from lora_merge_cli.survival import finite
+from lora_merge_cli.verification import checks
+from lora_merge_cli.verification.checks import CHECK_IDS, Judging
+from lora_merge_cli.verification.claims import check_provenance, read_claims
+from lora_merge_cli.verification.examination import Examination, Findings, SiteFinding
+from lora_merge_cli.verification.expectation import ANY_DTYPE, Expectation, expect
+from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
+
+_ULPS: Mapping[str, float] = {"nearest": 0.5, "any": 1.0}
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What to judge, and beside what."""
+
+    merged: Path
+    """The result: a run, step or item directory of any tool's making."""
+    against: Path
+    """The checkpoint with the adapters that were merged."""
+    base: Path | None = None
+    """The float32 checkpoint that the fine-tune started from, if the merge was given it."""
+    step: int | None = None
+    """Which step of a run `against`; the newest if None."""
+    options: MergeOptions = field(default_factory=lambda: MergeOptions(dtype=ANY_DTYPE))
+    """What the merge was asked for; the dtype ``any`` takes the kernels as they are stored."""
+    judging: Judging = field(default_factory=Judging)
+    """How strictly to judge."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A request whose inputs are open."""
+
+    request: VerifyRequest
+    merged: Checkpoint | CorruptCheckpoint
+    """The result, or why it cannot be opened."""
+    checkpoint: Checkpoint
+    base: Checkpoint | None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The directories that must not be written to."""
+        opened = (self.checkpoint, self.base, self.merged)
+        return tuple(c.directory.resolve() for c in opened if isinstance(c, Checkpoint))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judgement found."""
+
+    checks: tuple[CheckRecord, ...]
+    """Every check, in the order of `CHECK_IDS`."""
+    sites: tuple[SiteRecord, ...]
+    """Every adapter that should be in a kernel, with what became of it."""
+    notes: tuple[str, ...]
+    """What a reader should know."""
+
+
+def open_inputs(request: VerifyRequest) -> Opened:
+    """Open all that a verification reads. Damage inside the result is not an error, it is what a verification is for.
+
+    Raises:
+        UsageError: The sample or the least gain makes no sense.
+        InputError: A path leads nowhere, or to no checkpoint; the checkpoint or the base is damaged.
+    """
+    judging = request.judging
+    if judging.sample is not None and judging.sample < 1:
+        raise UsageError("--sample must be at least 1", found=judging.sample)
+    if not math.isfinite(judging.min_gain):
+        raise UsageError("--min-gain must be a finite number", found=judging.min_gain)
+    checkpoint = open_checkpoint(request.against, request.step)
+    base = None if request.base is None else open_checkpoint(request.base)
+    for other in (checkpoint, base):
+        if other is not None:
+            other.source.index()
+    return Opened(request, open_result(request.merged), checkpoint, base)
+
+
+def open_result(path: Path) -> Checkpoint | CorruptCheckpoint:
+    """A result to judge, or why it cannot be opened.
+
+    Raises:
+        InputError: The path leads nowhere, or to no checkpoint at all.
+    """
+    try:
+        merged = open_checkpoint(path)
+        merged.source.index()
+    except CorruptCheckpoint as error:
+        return error
+    return merged
+
+
+def verify(request: VerifyRequest | Opened, listener: Listener | None = None) -> VerifyReport:
+    """Judge a merged checkpoint, of any tool's making, beside the checkpoint whose adapters were merged.
+
+    Args:
+        request: What to judge; opened or not.
+        listener: Who to tell of progress.
+
+    Raises:
+        LoraMergeError: The other inputs or the options are at fault; what is wrong inside the result is a failed check.
+    """
+    started = time.monotonic()
+    opened = request if isinstance(request, Opened) else open_inputs(request)
+    request, checkpoint = opened.request, opened.checkpoint
+    dialect = detect_dialect(checkpoint.source.index())
+    verdict = judge(opened.merged, checkpoint, opened.base, request.options, request.judging, listener)
+    index = checkpoint.source.index()
+    survey = dialect.survey(index, request.options.scales, str(checkpoint.source.path))
+    sources = [source_record("checkpoint", checkpoint)]
+    if opened.base is not None:
+        sources.append(source_record("base", opened.base))
+    notes = list(checkpoint.notes)
+    if isinstance(opened.merged, Checkpoint):
+        sources.insert(0, source_record("merged", opened.merged))
+        notes = [*opened.merged.notes, *notes]
+    return VerifyReport(
+        status="failed" if any(check.status == "fail" for check in verdict.checks) else "passed",
+        tool_version=__version__,
+        model=dialect.summary(index).name,
+        dialect=dialect.name,
+        sources=tuple(sources),
+        multiplier=request.options.multiplier,
+        serving_dtype=dialect.serving_dtype.name,
+        groups=group_records(dialect, index, dialect.grouping(index, survey.sites)),
+        sites=verdict.sites,
+        checks=verdict.checks,
+        notes=(*notes, *verdict.notes),
+        sample=request.judging.sample,
+        min_gain=request.judging.min_gain,
+        strict=request.judging.strict,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss(),
+        versions=versions(),
+    )
+
+
+def judge(
+    merged: Checkpoint | CorruptCheckpoint,
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    options: MergeOptions,
+    judging: Judging,
+    listener: Listener | None = None,
+) -> Verdict:
+    """Judge an opened result.
+
+    Raises:
+        LoraMergeError: The other inputs or the options are at fault.
+    """
+    dialect = detect_dialect(checkpoint.source.index())
+    claims = read_claims(merged) if isinstance(merged, Checkpoint) else None
+    expectation = expect(checkpoint, dialect, options, base, {} if claims is None else claims.scales)
+    if not isinstance(merged, Checkpoint):
+        return Verdict(_unopened(merged), _site_records(expectation, Findings(), dialect), expectation.notes)
+    terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier)
+    findings = Examination(merged, checkpoint, base, dialect, terms, judging.sample, listener).run(expectation)
+    serving = dialect.serving_dtype.name
+    summary = dialect.summary(checkpoint.source.index())
+    found = (
+        checks.readable(findings),
+        checks.structure(findings),
+        checks.adapters_stripped(findings),
+        checks.finite(findings),
+        checks.untouched_bits(findings),
+        checks.fused_exact(findings, judging, has_base=base is not None),
+        checks.forward(findings, judging, serving),
+        checks.delta_survival(findings, judging, serving),
+        checks.base(findings, given=base is not None),
+        checks.assets(merged, checkpoint, summary),
+        check_provenance(claims, checkpoint, expectation, findings, options.multiplier, base is not None),
+    )
+    return Verdict(found, _site_records(expectation, findings, dialect), _notes(expectation, findings, judging, base))
+
+
+def _unopened(error: CorruptCheckpoint) -> tuple[CheckRecord, ...]:
+    """The checks of a result that cannot be opened."""
+    first = CheckRecord("readable", "fail", str(error), where=() if error.where is None else (error.where,))
+    skipped = (CheckRecord(name, "skip", "the result cannot be opened") for name in CHECK_IDS[1:])
+    return (first, *skipped)
+
+
+def _notes(expectation: Expectation, findings: Findings, judging: Judging, base: Checkpoint | None) -> tuple[str, ...]:
+    notes = list(expectation.notes)
+    if judging.sample is not None:
+        looked_at = {tuple(found.layers) for found in findings.sites.values() if found.stacked}
+        layers = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(looked_at))
+        notes.append(f"--sample {judging.sample}: of each site, only layers {layers} were looked at")
+    if base is not None:
+        notes.append("judged as the base's own values plus each delta, not as the function that was trained")
+    return tuple(notes)
+
+
+def _site_records(expectation: Expectation, findings: Findings, dialect: Dialect) -> tuple[SiteRecord, ...]:
+    by_name = {leaf.source.name: leaf for leaf in expectation.leaves.values()}
+    records = []
+    for site in expectation.sites:
+        found = findings.sites.get(site.name)
+        spec = by_name[site.name].source
+        if found is None:
+            records.append(site_record(site, spec, spec.dtype.name))
+        else:
+            records.append(_measured(site_record(site, spec, found.dtype.name), found, dialect))
+    return tuple(records)
+
+
+def _measured(record: SiteRecord, found: SiteFinding, dialect: Dialect) -> SiteRecord:
+    moments = {layer: verdict.moments for layer, verdict in found.layers.items()}
+    record = with_measurements(record, moments, dialect.serving_dtype.name, found.spectrum, found.digest)
+    verdicts = list(found.layers.values())
+    return dataclasses.replace(
+        record,
+        non_finite=sum(verdict.non_finite for verdict in verdicts),
+        proof=_proof(verdicts),
+        layers=tuple(dataclasses.replace(layer, proof=_proof([found.layers[layer.layer]])) for layer in record.layers),
+    )
+
+
+def _proof(verdicts: Sequence[LayerVerdict]) -> ProofRecord:
+    """The worst of each figure."""
+    return ProofRecord(
+        worst_share=finite(max(verdict.worst_share for verdict in verdicts)),
+        beyond=sum(verdict.beyond for verdict in verdicts),
+        forward_error=max((v.forward.error for v in verdicts if v.forward.error is not None), default=None),
+        forward_share=finite(max(verdict.forward.share for verdict in verdicts)),
+        served_error=max((v.forward.served for v in verdicts if v.forward.served is not None), default=None),
+    )
