@@ -74,9 +74,9 @@ def diff(request: DiffRequest, listener: Listener | None = None) -> DiffReport:
             if spec_a is not None and spec_b is not None and spec_a.shape == spec_b.shape:
                 found = _compare(a, spec_a, b, spec_b, tolerance, pool)
                 listener.advance(spec_b.name, spec_b.nbytes)
-            record = _record(spec_a, spec_b, found, tolerance)
+            record = _record(_prefix_of(name, request.depth), spec_a, spec_b, found, tolerance)
             records.append(record)
-            groups.setdefault(_prefix_of(name, request.depth), []).append((record, found or Comparison()))
+            groups.setdefault(record.prefix, []).append((record, found or Comparison()))
     counts = Counter(record.status for record in records)
     good = ("equal",) if tolerance is None else ("equal", "within")
     return DiffReport(
@@ -169,12 +169,13 @@ def _compare(
 
 
 def _record(
-    a: TensorSpec | None, b: TensorSpec | None, found: Comparison | None, tolerance: Tolerance | None
+    prefix: str, a: TensorSpec | None, b: TensorSpec | None, found: Comparison | None, tolerance: Tolerance | None
 ) -> DifferenceRecord:
     spec = a or b
     assert spec is not None, "a pair has at least one side"
     record = DifferenceRecord(
         path=spec.name,
+        prefix=prefix,
         status=_status(a, b, found, tolerance),
         shape_a=None if a is None else a.shape,
         shape_b=None if b is None else b.shape,
@@ -216,12 +217,18 @@ def _importance(record: DifferenceRecord) -> tuple[int, float, str]:
     return _STATUSES.index(record.status), -change, record.path
 
 
+def _prefix_of(name: KeyPath, depth: int) -> str:
+    """The start of a path, without the leaf's own name."""
+    return display(name[: max(1, min(depth, len(name) - 1))])
+
+
 def _prefix(prefix: str, found: Sequence[tuple[DifferenceRecord, Comparison]], good: Sequence[str]) -> PrefixRecord:
     a_sq = sum(comparison.a_sq for _, comparison in found)
     difference_sq = sum(comparison.difference_sq for _, comparison in found)
     return PrefixRecord(
         prefix=prefix,
         leaves=len(found),
+        changed=sum(record.status == "changed" for record, _ in found),
         differing=sum(record.status not in good for record, _ in found),
         relative_l2=finite(math.sqrt(difference_sq / a_sq)) if a_sq > 0 else None,
         max_abs=finite(max(comparison.max_abs for _, comparison in found)),

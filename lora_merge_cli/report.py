@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 _SCHEMA_CONFIG = {
     "extra": "forbid",
-    "use_attribute_docstrings": True,
     "json_schema_serialization_defaults_required": True,
 }
 """How `reports.schema` reads the records."""
@@ -204,6 +203,8 @@ class DifferenceRecord(_Record):
 
     path: str
     """Its name, in A where A has it."""
+    prefix: str
+    """The `PrefixRecord` that it belongs to."""
     status: DifferenceStatus
     """``equal``: same dtype and bits; ``rounded``: B is A rounded to B's dtype, bit for bit; ``within``: every entry within the
     tolerance; ``changed``; in one only; of two shapes."""
@@ -234,11 +235,13 @@ class PrefixRecord(_Record):
     """The leaves of two checkpoints below one prefix."""
 
     prefix: str
-    """What their paths begin with."""
+    """What their paths begin with, without what spellings of one model differ in."""
     leaves: int
     """How many there are."""
+    changed: int
+    """How many of them have other values, a rounding to another dtype aside."""
     differing: int
-    """How many of them are not equal."""
+    """How many of them are neither equal nor within the tolerance."""
     relative_l2: float | None
     """``|b - a| / |a|`` over all leaves that could be compared."""
     max_abs: float | None
@@ -263,7 +266,7 @@ class Report(_Record):
     """The process's largest resident size."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the tool and of what it computes with."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     """Raised when a field changes its meaning or goes."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.text import Text
 
 from lora_merge_cli.assets import check_assets
 from lora_merge_cli.dialects import DIALECTS
@@ -236,19 +237,23 @@ def test_missing_assets_are_a_warning_of_a_merge(tmp_path: Path) -> None:
 
 
 def test_text_fits_eighty_columns_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    from lora_merge_cli._cli import console
-
-    narrow = Console(width=80, force_terminal=True, highlight=False, record=True)
-    monkeypatch.setattr(console, "_console", lambda: narrow)
-    step = saved(tmp_path)
-    assert run("inspect", step, "--lora-alpha", ALPHAS, "--stats").code == 0
-    assert run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS).code == 0
-    lines = narrow.export_text().splitlines()
-    assert len(lines) > 60
-    assert not [line for line in lines if len(line.rstrip()) > 80 and "lora-merge merge" not in line]
-    assert any("gating_einsum_1" in line or "mlp_1/gating_einsum" in line for line in lines)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    step, out = saved(tmp_path), tmp_path / "out"
+    outcomes = [
+        run("inspect", step, "--lora-alpha", ALPHAS, "--stats"),
+        run("merge", step, "-o", out, "--lora-alpha", ALPHAS, "--verify"),
+        run("verify", out, "--against", step, "--lora-alpha", "30"),
+        run("diff", step, out),
+    ]
+    assert [outcome.code for outcome in outcomes] == [0, 0, 1, 1]
+    for outcome in outcomes:
+        assert "\x1b[" in outcome.stdout
+        lines = Text.from_ansi(outcome.stdout).plain.splitlines()
+        assert len(lines) > 20
+        assert not [line for line in lines if len(line.rstrip()) > 80 and "lora-merge merge" not in line]
+    assert "█" in outcomes[1].stdout and "█" in outcomes[2].stdout
 
 
 def test_dialects_have_distinct_names() -> None:

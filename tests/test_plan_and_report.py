@@ -75,7 +75,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(step: Path, tmp_pat
     assert (planned["status"], done["status"]) == ("planned", "merged")
     for key in ("sources", "copied", "dropped", "notes", "warnings", "output_bytes", "model", "dialect"):
         assert planned[key] == done[key], key
-    measured = {"relative_norm", "max_abs", "survival", "layers", "adapter_digest"}
+    measured = {"relative_norm", "max_abs", "survival", "layers", "adapter_digest", "spectrum"}
     for before, after in zip(planned["sites"], done["sites"], strict=True):
         assert {k: v for k, v in before.items() if k not in measured} == {
             k: v for k, v in after.items() if k not in measured

@@ -36,7 +36,7 @@ from lora_merge_cli.reports.junit import to_junit
 from lora_merge_cli.reports.markdown import to_markdown
 from lora_merge_cli.reports.schema import report_schema
 
-HOSTILE = "a|b`c``<img src=x onerror=y> @team #1 [x](http://e.vil)\n# head\x1b\x00\ud800\ufffe\u202e$x$ & end`"
+HOSTILE = "a|b`c``d <img src=x onerror=y> @team #1 [x](http://e.vil)\n# head\x1b\x00\ud800\ufffe\u202e$x$ & end`"
 
 SURVIVAL = tuple(
     SurvivalRecord(dtype, 1.0, 1.0, 0.0, 0.25, gain, None) for dtype, gain in [("float32", 0.75), ("bfloat16", 0.5)]
@@ -110,13 +110,15 @@ DIFF = DiffReport(
     rtol=None,
     top=2,
     counts={"changed": 2, "only-b": 1, "equal": 2},
-    prefixes=(PrefixRecord("a/x", 2, 0, 0.0, 0.0), PrefixRecord("a/x/deep", 3, 3, 0.25, 0.5)),
+    prefixes=(PrefixRecord("a/x", 2, 0, 0, 0.0, 0.0), PrefixRecord("a/x/deep", 3, 2, 3, 0.25, 0.5)),
     leaves=(
-        DifferenceRecord("a/x/deep/w", "changed", (2, 3), (2, 3), "float32", "bfloat16", 0.5, 0.25, 0.9, 7, 0.125),
-        DifferenceRecord("a/x/deep/v", "changed", (2,), (2,), "float32", "float32", 0.25),
-        DifferenceRecord("a/x/deep/u", "only-b", None, (2,), None, "float32"),
-        DifferenceRecord("a/x/b", "equal", (2,), (2,), "float32", "float32", 0.0),
-        DifferenceRecord("a/x/c", "equal", (2,), (2,), "float32", "float32", 0.0),
+        DifferenceRecord(
+            "params/a/x/deep/w", "a/x/deep", "changed", (2, 3), (2, 3), "float32", "bfloat16", 0.5, 0.25, 0.9, 7, 0.125
+        ),
+        DifferenceRecord("a/x/deep/v", "a/x/deep", "changed", (2,), (2,), "float32", "float32", 0.25),
+        DifferenceRecord("a/x/deep/u", "a/x/deep", "only-b", None, (2,), None, "float32"),
+        DifferenceRecord("a/x/b", "a/x", "equal", (2,), (2,), "float32", "float32", 0.0),
+        DifferenceRecord("a/x/c", "a/x", "equal", (2,), (2,), "float32", "float32", 0.0),
     ),
 )
 PASSED = replace(VERIFY, status="passed", checks=CHECKS[:2])
@@ -175,12 +177,10 @@ def test_junit_of_a_comparison_has_one_case_per_prefix() -> None:
     assert [suite.get(name) for name in ("name", "tests", "failures")] == ["lora-merge diff", "2", "1"]
     assert len(case_of(suite, "a/x")) == 0
     lines = str(case_of(suite, "a/x/deep").findtext("failure")).splitlines()
-    assert lines[0].startswith("a/x/deep/w: changed, max_abs = 0.5, relative_l2 = 0.25")
+    assert lines[0].startswith("params/a/x/deep/w: changed, max_abs = 0.5, relative_l2 = 0.25")
     assert lines[2:] == ["and 1 more"]
     within = replace(DIFF, leaves=tuple(replace(leaf, status="within") for leaf in DIFF.leaves))
     assert suite_of(within).get("failures") == suite_of(replace(DIFF, status="equal")).get("failures") == "0"
-    homeless = replace(DIFF, prefixes=DIFF.prefixes[:0])
-    assert suite_of(homeless).get("failures") == "1"
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.command)
@@ -250,8 +250,8 @@ def test_markdown_tells_the_worst_first_and_folds_what_is_long() -> None:
 
 def test_markdown_of_a_comparison_shows_the_top_leaves() -> None:
     text = to_markdown(DIFF)
-    assert "| `a/x/deep` | 3 | 3 | 0.250 | 0.500 |" in text
-    row = "| `a/x/deep/w` | changed | `float32[2, 3]` | `bfloat16[2, 3]` | 0.250 | 0.500 | 7 | 0.125 | 0 |"
+    assert "| `a/x/deep` | 3 | 2 | 3 | 0.250 | 0.500 |" in text
+    row = "| `params/a/x/deep/w` | changed | `float32[2, 3]` | `bfloat16[2, 3]` | 0.250 | 0.500 | 7 | 0.125 | 0 |"
     assert row in text and "a/x/deep/v" in text and "a/x/deep/u" not in text and "And 1 more." in text
     assert "Tolerance: 0.01 absolute, 0 relative to A." in to_markdown(replace(DIFF, atol=0.01, rtol=0.0))
 

@@ -1,19 +1,33 @@
-"""Reports: `MergeReport` to text, by the file's suffix."""
+"""Reports: records to text, by the file's suffix."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
 
 from lora_merge_cli.errors import UnsafeOutput, UsageError
-from lora_merge_cli.report import MergeReport
-from lora_merge_cli.reports.json_text import to_json
-from lora_merge_cli.reports.markdown import to_markdown
+from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
 from lora_merge_cli.staging import anchored, filesystem
 
-RENDERERS: Mapping[str, Callable[[MergeReport], str]] = {".json": to_json, ".md": to_markdown}
-"""What makes the text of a report file, by suffix."""
+AnyReport: TypeAlias = MergeReport | VerifyReport | DiffReport
+
+RENDERERS: Mapping[str, tuple[str, str]] = {
+    ".html": ("html", "to_html"),
+    ".json": ("json_text", "to_json"),
+    ".md": ("markdown", "to_markdown"),
+    ".xml": ("junit", "to_junit"),
+}
+"""Module and function that make the text of a report file, by suffix; loaded when asked for, since some are slow to import."""
+
+
+def render(report: AnyReport, suffix: str) -> str:
+    """The report as the text of a file with that suffix, one of `RENDERERS`."""
+    module, function = RENDERERS[suffix]
+    return str(getattr(importlib.import_module(f"{__name__}.{module}"), function)(report))
 
 
 def check_report_paths(paths: Sequence[Path], output: Path | None, inputs: Sequence[Path], *, dry_run: bool) -> None:
@@ -50,7 +64,7 @@ class ReportFiles:
         self._paths = [anchored(path) for path in paths]
         self._waiting: list[tuple[Path, Path]] = []
 
-    def write(self, report: MergeReport, stage: Path | None = None) -> None:
+    def write(self, report: AnyReport, stage: Path | None = None) -> None:
         """Write every report, those outside the output beside their place.
 
         Raises:
@@ -64,7 +78,13 @@ class ReportFiles:
                     place = path.with_name(f".{path.name}.part")
                     self._waiting.append((place, path))
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(RENDERERS[path.suffix](report))
+                place.write_text(render(report, path.suffix), encoding="utf-8")
+
+    def write_outside(self, report: AnyReport) -> None:
+        """Write the reports that do not lie in the output, which will not appear."""
+        if self._output is not None:
+            self._paths = [path for path in self._paths if not path.is_relative_to(self._output)]
+        self.write(report)
 
     def publish(self) -> None:
         """Put the written reports in place."""
@@ -73,12 +93,14 @@ class ReportFiles:
                 part.replace(path)
         self._waiting.clear()
 
-    def discard(self) -> None:
+    def __enter__(self) -> ReportFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Remove what was written and not published."""
         for part, _ in self._waiting:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
         self._waiting.clear()
-
-
-__all__ = ["RENDERERS", "ReportFiles", "check_report_paths", "to_json", "to_markdown"]

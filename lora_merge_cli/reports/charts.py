@@ -17,10 +17,12 @@ from plotly.colors import make_colorscale, sequential  # type: ignore[import-unt
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from lora_merge_cli.report import LayerRecord, ModelReport, SiteRecord
+from lora_merge_cli.reports.escaping import visible
 from lora_merge_cli.reports.words import figure
 
 _ROW = 30
-_PLAIN = {"showgrid": False, "zeroline": False, "ticks": "", "fixedrange": True}
+_PLAIN = {"showgrid": False, "zeroline": False, "fixedrange": True}
+_TITLE = {"size": 11}
 _LABEL = 26
 _FEW_COLUMNS = 4
 _MANY_LINES = 10
@@ -109,6 +111,7 @@ def _sizes(groups: Mapping[str, Sequence[SiteRecord]]) -> Iterator[Chart]:
             "|delta| / |kernel| of each layer. Every expert has the same colours.",
             sites,
             lambda layer: layer.relative_norm,
+            ".3~g",
             {"cmin": 0, "cmax": max(values, default=0) or 1, "colorbar": {"tickformat": "~g", "nticks": 6}},
             themes,
         )
@@ -140,6 +143,7 @@ def _gains(groups: Mapping[str, Sequence[SiteRecord]], dtype: str) -> Iterator[C
             "Gain along the adapter's inputs of each layer: 1 is kept, less shrinks the fine-tune as a smaller scale would.",
             sites,
             gain,
+            ".3f",
             axis,
             themes,
         )
@@ -154,6 +158,7 @@ def _heatmap(
     caption: str,
     sites: Sequence[SiteRecord],
     read: Callable[[LayerRecord], float | None],
+    format_: str,
     axis: Mapping[str, Any],
     themes: Mapping[str, dict[str, Any]],
 ) -> Chart | None:
@@ -163,8 +168,10 @@ def _heatmap(
         return None
     # Layers that were not looked at are gaps: the cells beside them would be stretched over them otherwise.
     columns = list(range(seen[0], seen[-1] + 1))
+    if len(seen) < len(columns):
+        caption = f"{caption} {len(seen)} layers were looked at."
     values = [[_rounded(row.get(layer)) for layer in columns] for row in cells]
-    labels = [html.escape(site.label) for site in sites]
+    labels = [_safe(site.label) for site in sites]
     height = _ROW * len(sites)
     figure_ = go.Figure(
         go.Heatmap(
@@ -172,21 +179,23 @@ def _heatmap(
             x=columns,
             y=list(range(len(sites))),
             customdata=[[label] * len(columns) for label in labels],
-            hovertemplate="<b>%{customdata}</b><br>layer %{x}: %{z:.3~g}<extra></extra>",
+            hovertemplate="<b>%{customdata}</b><br>layer %{x}: %{z:" + format_ + "}<extra></extra>",
             hoverongaps=False,
             xgap=2,
             ygap=2,
             coloraxis="coloraxis",
             # A few wide cells are better read than compared.
-            texttemplate="%{z:.3~g}" if len(columns) <= _FEW_COLUMNS else None,
+            texttemplate="%{z:" + format_ + "}" if len(columns) <= _FEW_COLUMNS else None,
         ),
         _layout(
             height=height + 84,
             margin={"l": 4, "r": 20, "t": 4, "b": 80},
-            xaxis=_PLAIN | _layer_ticks(columns) | {"title": {"text": "layer", "standoff": 4}},
+            xaxis=_PLAIN | _layer_ticks(columns) | {"title": {"text": "layer", "standoff": 4, "font": _TITLE}, "ticks": ""},
             yaxis=_PLAIN
             | {"tickvals": list(range(len(sites))), "ticktext": [_short(site.label) for site in sites]}
-            | {"autorange": "reversed", "automargin": "left", "ticksuffix": "  "},
+            | {"autorange": "reversed", "automargin": "left"}
+            # Ticks that nobody sees keep the labels away from the cells.
+            | {"ticks": "outside", "ticklen": 7, "tickcolor": "rgba(0,0,0,0)"},
             coloraxis=axis | {"colorbar": _colour_bar(height) | axis["colorbar"]},
         ),
     )
@@ -237,14 +246,14 @@ def _spectrum(name: str, group: str, sites: Sequence[SiteRecord], modules: Seque
     figure_ = go.Figure(layout=_layout())
     named: set[str] = set()
     for site, look in zip(sites, looks, strict=True):
-        label = html.escape(site.label)
+        label = _safe(site.label)
         figure_.add_scatter(
             # A logarithmic axis has no zero.
             y=[_rounded(value) if value > 0 else None for value in site.spectrum],
             x=list(range(1, len(site.spectrum) + 1)),
             mode="lines+markers",
-            name=html.escape(site.module) if many else label,
-            legendgroup=html.escape(site.module) if many else None,
+            name=_safe(site.module) if many else label,
+            legendgroup=_safe(site.module) if many else None,
             showlegend=not many or site.module not in named,
             customdata=[label] * len(site.spectrum),
             hovertemplate="<b>%{customdata}</b><br>value %{x}: %{y:.3~g}<extra></extra>",
@@ -256,9 +265,9 @@ def _spectrum(name: str, group: str, sites: Sequence[SiteRecord], modules: Seque
     figure_.update_layout(
         height=340,
         margin={"l": 4, "r": 8, "t": 8, "b": 4},
-        xaxis={"title": {"text": "singular value", "standoff": 6}, "automargin": True, "fixedrange": True}
+        xaxis={"title": {"text": "singular value", "standoff": 6, "font": _TITLE}, "automargin": True, "fixedrange": True}
         | {"range": [0.5, longest + 0.5], "showgrid": False, "zeroline": False, "nticks": 9, "tickformat": "d"},
-        yaxis={"type": "log", "automargin": True, "fixedrange": True, "exponentformat": "power", "ticksuffix": " "}
+        yaxis={"type": "log", "automargin": True, "fixedrange": True, "ticksuffix": " "}
         | _decades(sites),
         legend={"orientation": "h", "x": 0, "xref": "container", "y": 0, "yref": "container", "yanchor": "bottom"}
         | {"bgcolor": "rgba(0,0,0,0)"},
@@ -281,7 +290,9 @@ def _decades(sites: Sequence[SiteRecord]) -> dict[str, Any]:
     high = max(positive) + 0.15
     # What is left of a delta below its rank is noise of the arithmetic, and would take most of the axis.
     low = max(min(positive) - 0.15, high - _DECADES)
-    return {"range": [low, high], "dtick": 1 if high - low > 2 else "D2"}
+    digits = (1, 2, 5) if high - low < 2 else (1,)
+    ticks = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high)) for digit in digits]
+    return {"range": [low, high], "tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
 
 
 def _layout(**rest: Any) -> dict[str, Any]:
@@ -299,8 +310,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
+def _safe(text: str) -> str:
+    """The text for plotly, which reads some markup."""
+    return html.escape(visible(text))
+
+
 def _short(label: str) -> str:
     """The label, escaped, with its middle left out if an axis has no room for it."""
     if len(label) > _LABEL:
         label = f"{label[: _LABEL // 2 - 1]}…{label[-_LABEL // 2 :]}"
-    return html.escape(label)
+    return _safe(label)

@@ -8,14 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from lora_merge_cli.report import CheckRecord, DiffReport, GroupRecord, MergeReport, ModelReport, SiteRecord, VerifyReport
-from lora_merge_cli.reports.words import byte_size, figure, quantity, short_scale, survival_for
+from lora_merge_cli.report import (
+    CheckRecord,
+    DiffReport,
+    GroupRecord,
+    MergeReport,
+    ModelReport,
+    SiteRecord,
+    VerifyReport,
+)
+from lora_merge_cli.reports.escaping import visible
+from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, figure, quantity, short_scale, survival_for
 
 _MOST_LEAVES = 2000
 _PROBLEMS_FIRST = ("fail", "warn", "pass", "skip")
-_TREATMENTS = {"frozen": "frozen", "lora": "frozen + LoRA", "adapter": "LoRA factors", "trained": "fully trained"}
+_LEAST_TRAINED_FIRST = ("frozen", "lora", "adapter", "trained")
 _VERDICTS = {
     "passed": ("pass", "Passed"),
     "failed": ("fail", "Failed"),
@@ -59,6 +68,7 @@ def _environment() -> Environment:
         loader=PackageLoader("lora_merge_cli", "reports/templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -76,6 +86,11 @@ def _environment() -> Environment:
     return environment
 
 
+def _shown(value: object) -> object:
+    """What a template writes: a lone surrogate of a name has no place in a file, and a mark that turns text around none here."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
     context = {
         "page": "model.html.j2",
@@ -83,7 +98,7 @@ def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
         "checks": sorted(report.checks, key=lambda check: _PROBLEMS_FIRST.index(check.status)),
         "tiles": list(_tiles(report)),
         "parts": _parts(report.groups),
-        "treatments": _TREATMENTS,
+        "treatments": STATUS_WORDS,
         "proven": [site for site in report.sites if site.proof is not None],
         "measured": any(site.relative_norm is not None for site in report.sites),
         "min_gain": report.min_gain if isinstance(report, VerifyReport) else None,
@@ -131,7 +146,7 @@ def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
     shares = [(site.proof.worst_share, site.label) for site in report.sites if site.proof is not None]
     if shares:
         worst = max(shares, key=lambda share: float("inf") if share[0] is None else share[0])
-        yield "worst share of its bound", figure(worst[0]), worst[1]
+        yield "worst share of its bound", "not finite" if worst[0] is None else figure(worst[0]), worst[1]
     if isinstance(report, MergeReport):
         planned = "of arrays" if report.bytes_on_disk is None else f"on disk; {byte_size(report.output_bytes)} of arrays"
         yield "output", byte_size(report.bytes_on_disk or report.output_bytes), planned
@@ -155,9 +170,8 @@ def _costs(report: MergeReport | VerifyReport | DiffReport) -> Iterator[Tile]:
 
 
 def _parts(groups: Iterable[GroupRecord]) -> dict[str, list[GroupRecord]]:
-    """The groups by part, in the order in which their statuses are explained."""
     parts: dict[str, list[GroupRecord]] = {}
-    for group in sorted(groups, key=lambda group: [*_TREATMENTS, group.status].index(group.status)):
+    for group in sorted(groups, key=lambda group: [*_LEAST_TRAINED_FIRST, group.status].index(group.status)):
         parts.setdefault(group.part, []).append(group)
     return dict(sorted(parts.items(), key=lambda item: -sum(group.parameters for group in item[1])))
 
@@ -195,5 +209,5 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "-" if shape is None else " × ".join(map(str, shape)) or "scalar"
 
 
-def _pretty(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False, default=str)
+def _pretty(document: Mapping[str, Any]) -> Markup:
+    return escape(json.dumps(document, indent=2, default=str))

@@ -1,12 +1,12 @@
-"""The report as JSON, for programs. `MergeReport.schema_version` says how to read it."""
+"""The report as JSON, for programs; `schema` says how to read it."""
 
 from __future__ import annotations
 
 import json
 
-from lora_merge_cli.report import MergeReport
+from lora_merge_cli.report import Report
 
 
-def to_json(report: MergeReport) -> str:
+def to_json(report: Report) -> str:
     """One JSON document with a final newline."""
     return json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"

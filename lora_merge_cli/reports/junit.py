@@ -20,7 +20,7 @@ def to_junit(report: MergeReport | VerifyReport | DiffReport) -> str:
     suite.add_testcases(list(_cases(report)))
     if report.seconds is not None:
         # After the cases: adding them sets the sum of their times, and they have none.
-        suite.time = report.seconds
+        suite.time = round(report.seconds, 3)
     document = JUnitXml()
     document.add_testsuite(suite)
     text = io.BytesIO()
@@ -62,10 +62,9 @@ def _prefix_cases(report: DiffReport) -> Iterator[TestCase]:
     differing: dict[str, list[DifferenceRecord]] = {record.prefix: [] for record in report.prefixes}
     for leaf in report.leaves:
         if report.status == "different" and leaf.status not in _AGREEING:
-            prefixes = (record.prefix for record in report.prefixes if leaf.path.startswith(record.prefix))
-            differing.setdefault(max(prefixes, key=len, default=""), []).append(leaf)
+            differing[leaf.prefix].append(leaf)
     for prefix, leaves in differing.items():
-        case = _case(prefix or "(other)", report.command)
+        case = _case(prefix, report.command)
         if leaves:
             lines = [_difference(leaf) for leaf in leaves[: report.top]]
             more = [f"and {len(leaves) - report.top} more"] if len(leaves) > report.top else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.report import DiffReport, MergeReport, SourceRecord, VerifyReport
 from lora_merge_cli.reports import markdown_diff, markdown_model
 from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.markdown_blocks import bullets
@@ -19,7 +19,7 @@ def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool
         findings, rest = markdown_diff.findings(report), markdown_diff.tables(report)
     else:
         findings, rest = markdown_model.findings(report), markdown_model.tables(report)
-    blocks = [headline(report), ", ".join(f"{source.role} {code(source.path)}" for source in report.sources), *findings]
+    blocks = [headline(report), ", ".join(map(_source, report.sources)), *findings]
     if report.warnings:
         blocks += ["## Warnings", bullets(f"**{prose(warning)}**" for warning in report.warnings)]
     if report.notes:
@@ -33,3 +33,7 @@ def headline(report: MergeReport | VerifyReport | DiffReport) -> str:
     """The verdict, as a heading."""
     verdict = markdown_diff.verdict(report) if isinstance(report, DiffReport) else markdown_model.verdict(report)
     return f"# {verdict}"
+
+
+def _source(source: SourceRecord) -> str:
+    return f"{source.role.upper() if source.role in ('a', 'b') else source.role} {code(source.path)}"

@@ -36,13 +36,14 @@ def tables(report: DiffReport) -> Iterator[str]:
         [
             code(record.prefix),
             str(record.leaves),
+            str(record.changed),
             str(record.differing),
             figure(record.relative_l2),
             figure(record.max_abs),
         ]
         for record in report.prefixes
     ]
-    yield folded_table("prefixes", ["prefix", "leaves", "differing", *_FIGURES], rows)
+    yield folded_table("prefixes", ["prefix", "leaves", "changed", "differing", *_FIGURES], rows)
     differing = [leaf for leaf in report.leaves if leaf.status != "equal"]
     if not differing:
         return

@@ -16,7 +16,7 @@ def report_schema() -> dict[str, Any]:
     """What every JSON report conforms to; draft 2020-12."""
     from pydantic import Field, TypeAdapter
 
-    union = Annotated[MergeReport | VerifyReport | DiffReport, Field()]
+    union = Annotated[MergeReport | VerifyReport | DiffReport, Field(discriminator="command")]
     schema = TypeAdapter[Any](union).json_schema(mode="serialization")
     docs = _field_docs()
     schema["$defs"] = {

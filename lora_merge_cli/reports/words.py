@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from lora_merge_cli.report import LayerRecord, SiteRecord, SurvivalRecord
 
+STATUS_WORDS = {
+    "adapter": "LoRA factors",
+    "frozen": "frozen",
+    "lora": "frozen + LoRA",
+    "trained": "fully trained",
+}
+"""What a fine-tune did to a group of leaves, in words."""
+
 
 def byte_size(count: int) -> str:
     """A size with its binary unit."""

@@ -314,5 +314,5 @@ def _reason(found: SiteFinding, layer: int) -> str:
         if round(survival.gain, 2) == 1:
             return "the adapter is there, with errors that no rounding explains"
         twice = " (merged twice?)" if round(survival.gain, 2) == 2 else " (another scale?)"
-        return f"the adapter is there {survival.gain:.4g} times{twice}"
+        return f"the adapter is there {survival.gain:.2f} times{twice}"
     return "another delta (a wrong equation, layer, adapter or orientation?)"

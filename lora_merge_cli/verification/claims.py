@@ -70,9 +70,7 @@ def check_provenance(
     if claims.problem is not None:
         return CheckRecord(ID, "fail", f"lora_merge.json is no record of a merge ({claims.problem})")
     wrong = list(_disagreements(claims, expectation, findings, multiplier, has_base))
-    if wrong:
-        return CheckRecord(ID, "fail", f"lora_merge.json {first_names(wrong, 3)}", {"disagreements": len(wrong)})
-    doubts = []
+    doubts = [f"lora_merge.json {first_names(wrong, 3)}"] if wrong else []
     if expectation.claimed:
         doubts.append(
             f"the scale of {len(expectation.claimed)} sites is taken from lora_merge.json, and nobody else states it: "
@@ -81,7 +79,8 @@ def check_provenance(
     if claims.fingerprint != checkpoint.source.fingerprint():
         doubts.append("lora_merge.json was written for a checkpoint with other files than the one given")
     if doubts:
-        return CheckRecord(ID, "warn", "; ".join(doubts), where=expectation.claimed[:5])
+        figures = {"disagreements": len(wrong), "scales_claimed": len(expectation.claimed)}
+        return CheckRecord(ID, "fail" if wrong else "warn", "; ".join(doubts), figures, expectation.claimed[:5])
     return CheckRecord(ID, "pass", "lora_merge.json agrees with the checkpoint and the result")
 
 

@@ -1,0 +1,523 @@
+"""The judge: every right merge passes, by whomever it was made, and each known wrong one is caught by the check that should."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_merge_cli.verification import CHECK_IDS
+from tests.checkpoints import save_step
+from tests.command import Outcome, run
+from tests.test_golden import CASES as GOLDEN_CASES
+from tests.test_golden import GOLDEN
+from tests.trees import ACTION, BFLOAT16, PALIGEMMA, Flat, Tree, as_base, build, nest
+
+ALPHAS = ("--lora-alpha", "paligemma=12,action_expert=3")
+LAYERS = ("PaliGemma", "llm", "layers")
+Q, OUT = (*LAYERS, "attn", "q_einsum", "w"), (*LAYERS, "attn", "attn_vec_einsum", "w")
+LINEAR, GATING = (*LAYERS, "mlp", "linear"), (*LAYERS, "mlp", "gating_einsum")
+VISION = ("PaliGemma", "img", "pos_embedding")
+
+
+def checks_of(outcome: Outcome) -> dict[str, str]:
+    """The status of each check."""
+    return {check["id"]: check["status"] for check in outcome.json["checks"]}
+
+
+def failed(outcome: Outcome) -> set[str]:
+    assert outcome.code == (1 if "fail" in checks_of(outcome).values() else 0), outcome.stderr
+    return {name for name, status in checks_of(outcome).items() if status == "fail"}
+
+
+def message(outcome: Outcome, check: str) -> str:
+    return next(found["message"] for found in outcome.json["checks"] if found["id"] == check)
+
+
+def merged_leaves(tree: Tree, dtype: Any = np.float32) -> Flat:
+    """The right merge in plain NumPy: the layers in float64, rounded once."""
+    return {path: values.astype(dtype) if path in tree.changed else values for path, values in tree.expected.items()}
+
+
+@dataclasses.dataclass
+class Case:
+    """A checkpoint with adapters on disk, and room for merges of it."""
+
+    folder: Path
+    tree: Tree
+    flags: tuple[str, ...] = ALPHAS
+    suffix: tuple[str, ...] = ("value",)
+
+    def __post_init__(self) -> None:
+        self.step = save_step(self.folder / "in" / "7", nest(self.tree.leaves, suffix=self.suffix))
+        self.count = 0
+
+    def save(self, leaves: Flat, **layout: Any) -> Path:
+        self.count += 1
+        return save_step(self.folder / f"out{self.count}" / "7", nest(leaves, suffix=self.suffix), **layout)
+
+    def merge(self, *flags: object) -> Path:
+        self.count += 1
+        output = self.folder / f"out{self.count}" / "7"
+        outcome = run("merge", self.step, "-o", output, *self.flags, *flags)
+        assert outcome.code == 0, outcome.stderr
+        return output
+
+    def verify(self, merged: Path, *flags: object) -> Outcome:
+        return run("verify", merged, "--against", self.step, *self.flags, "--json", *flags)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path, build(PALIGEMMA, ACTION))
+
+
+# A corruption takes the right leaves and the tree, and returns wrong ones.
+
+
+def per_head_product(leaves: Flat, tree: Tree) -> None:
+    a, b = (tree.leaves[(*OUT[:-1], role)].astype(np.float64) for role in ("lora_a", "lora_b"))
+    delta = PALIGEMMA.scale * np.einsum("lnhr,lnrd->lnhd", a, b)
+    leaves[OUT] = (tree.leaves[OUT].astype(np.float64) + delta).astype(np.float32)
+
+
+def rescaled(path: tuple[str, ...], factor: float) -> Callable[[Flat, Tree], None]:
+    def corrupt(leaves: Flat, tree: Tree) -> None:
+        kernel = tree.leaves[path].astype(np.float64)
+        leaves[path] = (kernel + factor * (tree.expected[path] - kernel)).astype(np.float32)
+
+    return corrupt
+
+
+def one_layer_not_merged(leaves: Flat, tree: Tree) -> None:
+    leaves[Q] = leaves[Q].copy()
+    leaves[Q][1] = tree.leaves[Q][1].astype(np.float32)
+
+
+def layers_swapped(leaves: Flat, tree: Tree) -> None:
+    leaves[GATING] = leaves[GATING][[0, 2, 1]]
+
+
+def nan_in_one_entry(leaves: Flat, tree: Tree) -> None:
+    leaves[Q] = leaves[Q].copy()
+    leaves[Q].reshape(-1)[5] = np.nan
+
+
+def bit_flipped(leaves: Flat, tree: Tree) -> None:
+    values = leaves[VISION].copy()
+    values.view(np.uint32).reshape(-1)[17] ^= 1
+    leaves[VISION] = values
+
+
+def vision_tower_of_the_base(leaves: Flat, tree: Tree) -> None:
+    base = as_base(tree)
+    for path in leaves:
+        if path[:2] == ("PaliGemma", "img"):
+            leaves[path] = base[path]
+
+
+def leftover_adapter(leaves: Flat, tree: Tree) -> None:
+    path = (*Q[:-1], "lora_a")
+    leaves[path] = tree.leaves[path]
+
+
+def missing_leaf(leaves: Flat, tree: Tree) -> None:
+    del leaves["state_proj", "bias"]
+
+
+def unexpected_leaf(leaves: Flat, tree: Tree) -> None:
+    leaves["value_head", "kernel"] = np.zeros((2, 2), np.float32)
+
+
+def other_shape(leaves: Flat, tree: Tree) -> None:
+    leaves[VISION] = leaves[VISION][:, :-1]
+
+
+def untouched_narrowed(leaves: Flat, tree: Tree) -> None:
+    leaves[VISION] = leaves[VISION].astype(BFLOAT16)
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[Flat, Tree], None], set[str], str]] = {
+    "per-head product in attn_vec": (per_head_product, {"fused-exact", "forward"}, "another delta"),
+    "scale off by 1 %": (rescaled(Q, 1.01), {"fused-exact", "forward"}, "1.01 times (another scale?)"),
+    "rsLoRA instead of plain": (rescaled(Q, 2.0**0.5), {"fused-exact", "forward"}, "1.41 times"),
+    "feed-forward scaled": (rescaled(LINEAR, 3.0), {"fused-exact", "forward"}, "3.00 times"),
+    "one layer not merged": (one_layer_not_merged, {"fused-exact", "forward"}, "the adapter is missing"),
+    "two layers swapped": (layers_swapped, {"fused-exact", "forward"}, "another delta"),
+    "merged twice": (rescaled(LINEAR, 2.0), {"fused-exact", "forward"}, "(merged twice?)"),
+    "NaN in one entry": (nan_in_one_entry, {"finite", "fused-exact", "forward"}, "not finite"),
+    "one bit flipped": (bit_flipped, {"untouched-bits"}, "1 of "),
+    "vision tower of the base": (vision_tower_of_the_base, {"untouched-bits"}, "img"),
+    "leftover adapter key": (leftover_adapter, {"adapters-stripped"}, "adapter keys are left"),
+    "missing leaf": (missing_leaf, {"structure"}, "1 missing"),
+    "unexpected leaf": (unexpected_leaf, {"structure"}, "1 not in the checkpoint"),
+    "another shape": (other_shape, {"structure"}, "(1, 8, 8), not (1, 9, 8)"),
+    "untouched leaf narrowed": (untouched_narrowed, {"structure", "untouched-bits"}, "bfloat16, not float32"),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_wrong_merge_is_caught(name: str, case: Case) -> None:
+    corrupt, expected, words = CORRUPTIONS[name]
+    leaves = merged_leaves(case.tree)
+    corrupt(leaves, case.tree)
+    outcome = case.verify(case.save(leaves))
+    assert failed(outcome) == expected
+    assert any(words in message(outcome, check) for check in expected)
+    assert outcome.json["status"] == "failed"
+
+
+def test_transposed_factors_of_a_square_kernel_are_caught(tmp_path: Path) -> None:
+    square = dataclasses.replace(PALIGEMMA, width=24, hidden=24)
+    case = Case(tmp_path, build(square, ACTION))
+    leaves = merged_leaves(case.tree)
+    kernel = case.tree.leaves[LINEAR].astype(np.float64)
+    leaves[LINEAR] = (kernel + np.swapaxes(case.tree.expected[LINEAR] - kernel, 1, 2)).astype(np.float32)
+    outcome = case.verify(case.save(leaves))
+    assert failed(outcome) == {"fused-exact", "forward"}
+    assert "orientation" in message(outcome, "fused-exact")
+
+
+def test_a_delta_that_was_rounded_away_warns_and_fails_when_strict(tmp_path: Path) -> None:
+    case = Case(tmp_path, build(PALIGEMMA, ACTION, delta=0.006))
+    merged = case.merge("--dtype", "bfloat16")
+    outcome = case.verify(merged)
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["delta-survival"] == "warn"
+    assert "--dtype float32" in message(outcome, "delta-survival")
+    assert failed(case.verify(merged, "--strict")) == {"delta-survival"}
+    assert checks_of(case.verify(merged, "--strict", "--min-gain", "-10"))["delta-survival"] == "pass"
+
+
+def test_missing_norm_stats_are_caught(case: Case) -> None:
+    merged = case.merge()
+    (merged / "assets" / "trossen" / "norm_stats.json").unlink()
+    assert failed(case.verify(merged)) == {"assets"}
+    shutil.rmtree(merged / "assets")
+    assert failed(case.verify(merged)) == {"assets"}
+
+
+@pytest.mark.parametrize("value", ["nan", "-1.0"])
+def test_insane_norm_stats_are_caught_and_inherited_ones_warn(value: str, case: Case) -> None:
+    merged = case.merge()
+    for step, status in ((merged, "fail"), (case.step, "warn")):
+        file = step / "assets" / "trossen" / "norm_stats.json"
+        file.write_text(file.read_text().replace('"std": [1.0', f'"std": [{value.replace("nan", "NaN")}'))
+        assert checks_of(case.verify(merged))["assets"] == status
+
+
+@pytest.mark.parametrize("layout", [{}, {"ocdbt": False}, {"zarr3": True}])
+def test_a_truncated_chunk_is_caught(layout: dict[str, bool], case: Case) -> None:
+    merged = case.save(merged_leaves(case.tree), **layout)
+    files = [file for file in (merged / "params").rglob("*") if file.is_file() and not file.name.startswith(".")]
+    largest = max((file for file in files if "manifest" not in file.name), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    outcome = case.verify(merged)
+    assert "readable" in failed(outcome)
+    assert "cannot be read" in message(outcome, "readable")
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_a_result_that_cannot_be_opened_is_a_failed_check(name: str, case: Case) -> None:
+    merged = case.merge()
+    (merged / "params" / name).write_bytes(b"{")
+    outcome = case.verify(merged)
+    assert failed(outcome) == {"readable"}
+    assert set(checks_of(outcome).values()) == {"fail", "skip"}
+
+
+# Right merges.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16, np.float16])
+def test_a_right_merge_in_plain_numpy_passes(dtype: Any, case: Case) -> None:
+    merged = case.save(merged_leaves(case.tree, dtype))
+    outcome = case.verify(merged)
+    assert failed(outcome) == set()
+    assert list(checks_of(outcome)) == list(CHECK_IDS)
+    assert checks_of(outcome)["provenance"] == "skip"
+    assert all(0 < site["proof"]["worst_share"] <= 1 for site in outcome.json["sites"])
+
+
+def test_a_right_merge_in_float32_numpy_passes(case: Case) -> None:
+    """Product by product, and the heads one after the other: the least exact of the right ways."""
+    leaves = merged_leaves(case.tree)
+    for expert in (PALIGEMMA, ACTION):
+        path = (*LAYERS, "attn", f"attn_vec_einsum{expert.suffix}", "w")
+        a, b = (case.tree.leaves[(*path[:-1], role)] for role in ("lora_a", "lora_b"))
+        delta = np.zeros(leaves[path].shape, np.float32)
+        for head in range(b.shape[1]):
+            for r in range(b.shape[2]):
+                delta += a[..., r, None] * b[:, None, None, head, r]
+        leaves[path] = case.tree.leaves[path].astype(np.float32) + np.float32(expert.scale) * delta
+    assert failed(case.verify(case.save(leaves))) == set()
+
+
+RIGHT: dict[str, tuple[Tree, tuple[str, ...], tuple[str, ...]]] = {
+    "as trained": (build(PALIGEMMA, ACTION), (), ()),
+    "bfloat16": (build(PALIGEMMA, ACTION), ("--dtype", "bfloat16"), ("--dtype", "bfloat16")),
+    "untouched as float32": (
+        build(PALIGEMMA, ACTION),
+        ("--dtype-untouched", "float32"),
+        ("--dtype-untouched", "float32"),
+    ),
+    "half the delta": (build(PALIGEMMA, ACTION), ("--scale", "0.5"), ("--scale", "0.5")),
+    "some sites": (build(PALIGEMMA, ACTION), ("--exclude", "**/mlp_1/**"), ("--exclude", "**/mlp_1/**")),
+    "full multi-head attention": (build(PALIGEMMA, ACTION, qkv=True), (), ()),
+    "unstacked": (build(PALIGEMMA, ACTION, layers=None), (), ()),
+    "sampled": (build(PALIGEMMA, ACTION, layers=5), (), ("--sample", "2")),
+    "rank above the width": (
+        build(dataclasses.replace(PALIGEMMA, attention_rank=30, feed_forward_rank=50), ACTION),
+        (),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_our_own_merges_pass(name: str, tmp_path: Path) -> None:
+    tree, merge_flags, verify_flags = RIGHT[name]
+    case = Case(tmp_path, tree)
+    outcome = case.verify(case.merge(*merge_flags), *verify_flags)
+    assert failed(outcome) == set()
+    assert {"warn"} & set(checks_of(outcome).values()) == set(), outcome.json["checks"]
+
+
+def test_rslora_is_judged_by_its_flag(tmp_path: Path) -> None:
+    experts = [dataclasses.replace(expert, rslora=True) for expert in (PALIGEMMA, ACTION)]
+    case = Case(tmp_path, build(*experts))
+    merged = case.save(merged_leaves(case.tree))
+    assert failed(case.verify(merged, "--rslora")) == set()
+    assert failed(case.verify(merged)) == {"fused-exact", "forward"}
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden_merges_pass(name: str, tmp_path: Path) -> None:
+    checkpoint, flags = GOLDEN_CASES[name]
+    assert run("merge", checkpoint, "-o", tmp_path / "out", *flags).code == 0
+    outcome = run("verify", tmp_path / "out", "--against", checkpoint, *flags, "--json")
+    assert failed(outcome) == set()
+    assert outcome.json["sites"]
+
+
+def test_other_key_spellings_pass_and_mixed_ones_do_not(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    bare = save_step(case.folder / "bare" / "7", nest(leaves, suffix=()))
+    assert failed(case.verify(bare)) == set()
+    rootless = save_step(case.folder / "rootless" / "7", nest(leaves, root=()))
+    assert failed(case.verify(rootless)) == {"structure"}
+    mixed = nest(leaves)
+    mixed["params"]["state_proj"]["bias"] = mixed["params"]["state_proj"]["bias"]["value"]
+    assert failed(case.verify(save_step(case.folder / "mixed" / "7", mixed))) == {"structure"}
+
+
+def test_an_untouched_leaf_that_was_widened_warns(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    frozen = (*LAYERS, "pre_ffw_norm", "scale")
+    leaves[frozen] = leaves[frozen].astype(np.float32)
+    outcome = case.verify(case.save(leaves))
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["structure"] == "warn"
+    assert checks_of(outcome)["untouched-bits"] == "pass"
+
+
+def test_nan_that_was_there_before_warns(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    values = tree.leaves[VISION].copy()
+    values[0, 0, 0] = np.nan
+    tree.plain(VISION, values)
+    case = Case(tmp_path, tree)
+    outcome = case.verify(case.save(merged_leaves(tree)))
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["finite"] == "warn"
+
+
+def test_the_dtype_is_judged_when_it_is_asked_for(case: Case) -> None:
+    merged = case.merge("--dtype", "bfloat16")
+    outcome = case.verify(merged, "--dtype", "auto")
+    assert failed(outcome) == {"structure"}
+    assert "bfloat16, not float32" in message(outcome, "structure")
+
+
+def test_rounding_to_either_neighbour_passes_only_when_said(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    ideal = case.tree.expected[LINEAR]
+    bits = ideal.astype(np.float32).view(np.uint32)
+    leaves[LINEAR] = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(BFLOAT16)
+    merged = case.save(leaves)
+    outcome = case.verify(merged)
+    assert failed(outcome) == {"fused-exact"} or failed(outcome) == {"fused-exact", "forward"}
+    assert "--rounding any" in message(outcome, "fused-exact")
+    assert failed(case.verify(merged, "--rounding", "any")) == set()
+
+
+def test_a_sample_looks_at_some_layers_and_says_so(tmp_path: Path) -> None:
+    case = Case(tmp_path, build(PALIGEMMA, ACTION, layers=5))
+    leaves = merged_leaves(case.tree)
+    leaves[Q] = leaves[Q].copy()
+    leaves[Q][1] = 0
+    merged = case.save(leaves, chunk_bytes=1000)
+    sampled = case.verify(merged, "--sample", "2")
+    assert failed(sampled) == set()
+    assert any("only layers 0, 4" in note for note in sampled.json["notes"])
+    assert {layer["layer"] for site in sampled.json["sites"] for layer in site["layers"]} == {0, 4}
+    assert "at most 2 layers" in message(sampled, "fused-exact")
+    assert failed(case.verify(merged, "--sample", "5")) == {"fused-exact", "forward"}
+
+
+# The base.
+
+
+@pytest.fixture
+def base(case: Case) -> Path:
+    return save_step(case.folder / "base" / "0", nest(as_base(case.tree)))
+
+
+def test_a_merge_with_base_passes_with_it_and_says_so_without(case: Case, base: Path) -> None:
+    merged = case.merge("--base", base)
+    outcome = case.verify(merged, "--base", base)
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["base"] == "pass"
+    without = case.verify(merged)
+    assert {"fused-exact", "provenance"} <= failed(without)
+    assert "--base" in message(without, "provenance")
+    assert "pass the --base" in message(without, "fused-exact")
+    assert {"fused-exact", "provenance"} <= failed(case.verify(case.merge(), "--base", base))
+
+
+def test_another_base_fails_bit_for_bit(case: Case, base: Path) -> None:
+    leaves = as_base(case.tree)
+    leaves[Q] = leaves[Q] * np.float32(1.02)
+    other = save_step(case.folder / "other" / "0", nest(leaves))
+    outcome = case.verify(case.merge("--base", base), "--base", other)
+    assert "base" in failed(outcome)
+    assert next(c for c in outcome.json["checks"] if c["id"] == "base")["where"] == ["/".join(("params", *Q, "value"))]
+
+
+# Provenance.
+
+
+def rewrite(merged: Path, change: Callable[[Any], None]) -> None:
+    file = merged / "lora_merge.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+
+
+WRONG_CLAIMS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "multiplier": (lambda document: document.update(multiplier=0.5), "--scale 0.5"),
+    "scale": (lambda document: document["sites"][0].update(scale=7.0), "says scale 7.0"),
+    "dtype": (lambda document: document["sites"][0].update(dtype="bfloat16"), "says bfloat16"),
+    "adapter": (lambda document: document["sites"][0].update(adapter_digest="sha256:0"), "another adapter"),
+    "too few": (lambda document: document["sites"].pop(), "does not say"),
+    "no record": (lambda document: document.pop("sites"), "no record"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CLAIMS)
+def test_provenance_that_disagrees_fails(name: str, case: Case) -> None:
+    change, words = WRONG_CLAIMS[name]
+    merged = case.merge()
+    rewrite(merged, change)
+    outcome = case.verify(merged)
+    assert failed(outcome) == {"provenance"}
+    assert words in message(outcome, "provenance")
+
+
+def test_provenance_of_another_checkpoint_warns(case: Case) -> None:
+    merged = case.merge()
+    rewrite(merged, lambda document: document["sources"][0].update(fingerprint="sha256:0"))
+    outcome = case.verify(merged)
+    assert (outcome.code, checks_of(outcome)["provenance"]) == (0, "warn")
+
+
+def test_a_scale_that_only_provenance_states_is_used_and_said(case: Case) -> None:
+    merged = case.merge()
+    outcome = run("verify", merged, "--against", case.step, "--json")
+    assert outcome.code == 0
+    assert checks_of(outcome)["provenance"] == "warn"
+    assert "--lora-alpha" in message(outcome, "provenance")
+    (merged / "lora_merge.json").unlink()
+    unknown = run("verify", merged, "--against", case.step, "--json")
+    assert unknown.code == 4
+    assert "--lora-alpha" in unknown.error
+
+
+def test_without_metadata_and_provenance_nothing_is_held_against_a_result(case: Case) -> None:
+    merged = case.merge()
+    (merged / "_CHECKPOINT_METADATA").unlink()
+    (merged / "lora_merge.json").unlink()
+    outcome = case.verify(merged)
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["provenance"] == "skip"
+
+
+# The other inputs, and flags.
+
+
+def test_the_other_inputs_have_their_own_exit_codes(case: Case, tmp_path: Path) -> None:
+    merged = case.merge()
+    assert run("verify", tmp_path / "nowhere", "--against", case.step).code == 3
+    assert run("verify", merged, "--against", tmp_path / "nowhere").code == 3
+    assert run("verify", merged, "--against", merged).code == 4
+    assert case.verify(merged, "--include", "nothing/*").code == 2
+    assert case.verify(merged, "--sample", "0").code == 2
+    assert case.verify(merged, "--base", GOLDEN / "pi0_fast/base").code == 4
+    largest = max((case.step / "params").rglob("*"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    assert case.verify(merged).code == 3
+
+
+def test_nan_in_the_checkpoint_is_its_own_fault(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    merged = merged_leaves(tree)
+    for path in (Q, (*Q[:-1], "lora_a")):
+        values = tree.leaves[path].copy()
+        values.reshape(-1)[3] = np.nan
+        case = Case(tmp_path / path[-1], Tree({**tree.leaves, path: values}, tree.expected, tree.changed))
+        outcome = case.verify(case.save(merged))
+        assert outcome.code == 3
+        assert "not finite" in outcome.error
+
+
+# merge --verify.
+
+
+def test_merge_verify_publishes_with_its_checks(case: Case) -> None:
+    output = case.folder / "out"
+    outcome = run("merge", case.step, "-o", output, *ALPHAS, "--verify", "--json")
+    assert outcome.code == 0
+    assert set(checks_of(outcome).values()) <= {"pass", "skip"}
+    assert json.loads((output / "lora_merge.json").read_text())["checks"] == outcome.json["checks"]
+    assert all(site["proof"]["worst_share"] <= 1 for site in outcome.json["sites"])
+
+
+def test_a_merge_that_fails_its_verification_never_appears(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_merge_cli.operations.add_delta import LowRankUpdate
+
+    right = LowRankUpdate.take
+
+    def off_by_one_percent(self: Any, region: Any, tile: Any) -> Any:
+        return right(self, region, tile) * np.float32(1.01)
+
+    monkeypatch.setattr(LowRankUpdate, "take", off_by_one_percent)
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    flags = ["--verify", "--report", report, "--report", output / "inside.json"]
+    outcome = run("merge", case.step, "-o", output, *ALPHAS, *flags)
+    assert outcome.code == 1
+    assert "fused-exact" in outcome.error
+    assert not output.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "report.json"]
+    assert json.loads(report.read_text())["status"] == "rejected"
+
+
+def test_strict_needs_verify(case: Case) -> None:
+    assert run("merge", case.step, "-o", case.folder / "out", "--strict").code == 2
