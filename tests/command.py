@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 from lora_merge_cli._cli.app import app
@@ -21,7 +24,8 @@ class Outcome:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.stdout)
+        """The document on stdout; a report conforms to its schema."""
+        return conforming(json.loads(self.stdout))
 
     @property
     def error(self) -> str:
@@ -32,9 +36,24 @@ class Outcome:
         return lines[0]
 
 
+@functools.cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(CliRunner().invoke(app, ["schema"]).stdout))
+
+
+def conforming(document: Any) -> Any:
+    """The document, which is valid if it is a report."""
+    if document.get("command") in ("merge", "verify", "diff"):
+        _validator().validate(document)
+    return document
+
+
 def run(*arguments: object) -> Outcome:
-    """Run ``lora-merge`` with these arguments."""
+    """Run ``lora-merge`` with these arguments; a report that it writes conforms to its schema."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    for written in (Path(str(argument)) for argument in arguments):
+        if written.suffix == ".json" and written.is_file():
+            conforming(json.loads(written.read_text()))
     return Outcome(result.exit_code, result.stdout, result.stderr)

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from lora_merge_cli.report import LayerRecord, ModelReport, SiteRecord
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.words import figure
+from lora_merge_cli.reports.words import figure, survival_for
 
 _ROW = 30
 _PLAIN = {"showgrid": False, "zeroline": False, "fixedrange": True}
@@ -34,10 +34,10 @@ _SERIES = {
 }
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star", "pentagon")
 
-_GAIN_RANGE = (0.5, 1.1)
-_GAIN_STOPS = {
-    "light": ((0.5, "#6b1d05"), (0.75, "#c2410c"), (0.9, "#f59e0b"), (0.97, "#fbe3a6"), (1.0, "#dbe9e6"), (1.1, "#4f74c9")),
-    "dark": ((0.5, "#ffd9c2"), (0.75, "#ff8a4c"), (0.9, "#c77a12"), (0.97, "#5e5022"), (1.0, "#24403d"), (1.1, "#7f9dff")),
+_GAINS = (0.5, 0.75, 0.9, 0.97, 1.0, 1.1)
+_GAIN_COLOURS = {
+    "light": ("#6b1d05", "#c2410c", "#f59e0b", "#fbe3a6", "#dbe9e6", "#4f74c9"),
+    "dark": ("#ffd9c2", "#ff8a4c", "#c77a12", "#5e5022", "#24403d", "#7f9dff"),
 }
 
 
@@ -85,127 +85,106 @@ def model_charts(report: ModelReport) -> tuple[Chart, ...]:
     groups: dict[str, list[SiteRecord]] = {}
     for site in report.sites:
         groups.setdefault(site.group, []).append(site)
-    return (
-        *_sizes(groups),
-        *_gains(groups, report.serving_dtype),
-        *_spectra(groups),
+    heats = (_size(report), _gain(report.serving_dtype))
+    heatmaps = (
+        _heatmap(heat, f"{heat.name}-{number}", group, sites)
+        for heat in heats
+        for number, (group, sites) in enumerate(groups.items())
+    )
+    return (*(chart for chart in heatmaps if chart is not None), *_spectra(groups))
+
+
+@dataclass(frozen=True)
+class _Heat:
+    """What heatmaps show of layers."""
+
+    name: str
+    title: str
+    caption: str
+    read: Callable[[LayerRecord], float | None]
+    format: str
+    axis: dict[str, Any]
+    colours: Mapping[str, Sequence[tuple[float, str]]]
+
+
+def _size(report: ModelReport) -> _Heat:
+    sizes = [layer.relative_norm for site in report.sites for layer in site.layers]
+    # More colours for small values: the adapters of one model differ by powers of ten.
+    colours = [(position**2, colour) for position, colour in make_colorscale(sequential.Viridis)]
+    return _Heat(
+        name="size",
+        title="Size of the deltas",
+        caption="|delta| / |kernel| of each layer. Every expert has the same colours.",
+        read=lambda layer: layer.relative_norm,
+        format=".3~g",
+        axis={"cmin": 0, "cmax": max(filter(None, sizes), default=1), "colorbar": {"tickformat": "~g", "nticks": 6}},
+        colours=dict.fromkeys(_SERIES, colours),
     )
 
 
-def _sizes(groups: Mapping[str, Sequence[SiteRecord]]) -> Iterator[Chart]:
-    values = [
-        layer.relative_norm
-        for sites in groups.values()
-        for site in sites
-        for layer in site.layers
-        if layer.relative_norm is not None
-    ]
-    # One scale for all experts, with more colours for small values: adapters of one model differ by powers of ten.
-    scale = [[position**2, colour] for position, colour in make_colorscale(sequential.Viridis)]
-    themes = {theme: {"coloraxis.colorscale": scale} for theme in _SERIES}
-    for number, (group, sites) in enumerate(groups.items()):
-        chart = _heatmap(
-            f"size-{number}",
-            "Size of the deltas",
-            group,
-            "|delta| / |kernel| of each layer. Every expert has the same colours.",
-            sites,
-            lambda layer: layer.relative_norm,
-            ".3~g",
-            {"cmin": 0, "cmax": max(values, default=0) or 1, "colorbar": {"tickformat": "~g", "nticks": 6}},
-            themes,
-        )
-        if chart is not None:
-            yield chart
+def _gain(dtype: str) -> _Heat:
+    low, high = _GAINS[0], _GAINS[-1]
+
+    def read(layer: LayerRecord) -> float | None:
+        kept = survival_for(layer, dtype)
+        return kept.gain_along_inputs if kept is not None else None
+
+    def scale(colours: Sequence[str]) -> list[tuple[float, str]]:
+        return [((gain - low) / (high - low), colour) for gain, colour in zip(_GAINS, colours, strict=True)]
+
+    # The same in every report, so that a colour always means the same gain.
+    between = [0.6, 0.7, 0.8, 0.9, 1]
+    ticks = {"tickvals": [low, *between, high], "ticktext": [f"≤ {low}", *map(str, between), f"≥ {high}"]}
+    return _Heat(
+        name="gain",
+        title=f"What {dtype} keeps of them",
+        caption="Gain along the adapter's inputs: 1 is kept, less shrinks the fine-tune as a smaller scale would.",
+        read=read,
+        format=".3f",
+        axis={"cmin": low, "cmax": high, "colorbar": ticks},
+        colours={theme: scale(colours) for theme, colours in _GAIN_COLOURS.items()},
+    )
 
 
-def _gains(groups: Mapping[str, Sequence[SiteRecord]], dtype: str) -> Iterator[Chart]:
-    low, high = _GAIN_RANGE
-    ticks = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-    axis = {
-        "cmin": low,
-        "cmax": high,
-        "colorbar": {"tickvals": ticks, "ticktext": ["≤ 0.5", *(f"{tick:g}" for tick in ticks[1:-1]), "≥ 1.1"]},
-    }
-    themes = {
-        theme: {"coloraxis.colorscale": [[(gain - low) / (high - low), colour] for gain, colour in stops]}
-        for theme, stops in _GAIN_STOPS.items()
-    }
-
-    def gain(layer: LayerRecord) -> float | None:
-        return next((kept.gain_along_inputs for kept in layer.survival if kept.dtype == dtype), None)
-
-    for number, (group, sites) in enumerate(groups.items()):
-        chart = _heatmap(
-            f"gain-{number}",
-            f"What {dtype} keeps of them",
-            group,
-            "Gain along the adapter's inputs of each layer: 1 is kept, less shrinks the fine-tune as a smaller scale would.",
-            sites,
-            gain,
-            ".3f",
-            axis,
-            themes,
-        )
-        if chart is not None:
-            yield chart
-
-
-def _heatmap(
-    name: str,
-    title: str,
-    group: str,
-    caption: str,
-    sites: Sequence[SiteRecord],
-    read: Callable[[LayerRecord], float | None],
-    format_: str,
-    axis: Mapping[str, Any],
-    themes: Mapping[str, dict[str, Any]],
-) -> Chart | None:
-    cells = [{layer.layer: read(layer) for layer in site.layers} for site in sites]
-    seen = sorted({layer for row in cells for layer in row})
+def _heatmap(heat: _Heat, name: str, group: str, sites: Sequence[SiteRecord]) -> Chart | None:
+    cells = [{layer.layer: heat.read(layer) for layer in site.layers} for site in sites]
     if all(value is None for row in cells for value in row.values()):
         return None
+    seen = sorted({layer for row in cells for layer in row})
     # Layers that were not looked at are gaps: the cells beside them would be stretched over them otherwise.
     columns = list(range(seen[0], seen[-1] + 1))
-    if len(seen) < len(columns):
-        caption = f"{caption} {len(seen)} layers were looked at."
-    values = [[_rounded(row.get(layer)) for layer in columns] for row in cells]
-    labels = [_safe(site.label) for site in sites]
     height = _ROW * len(sites)
-    figure_ = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=columns,
-            y=list(range(len(sites))),
-            customdata=[[label] * len(columns) for label in labels],
-            hovertemplate="<b>%{customdata}</b><br>layer %{x}: %{z:" + format_ + "}<extra></extra>",
-            hoverongaps=False,
-            xgap=2,
-            ygap=2,
-            coloraxis="coloraxis",
-            # A few wide cells are better read than compared.
-            texttemplate="%{z:" + format_ + "}" if len(columns) <= _FEW_COLUMNS else None,
-        ),
-        _layout(
-            height=height + 84,
-            margin={"l": 4, "r": 20, "t": 4, "b": 80},
-            xaxis=_PLAIN | _layer_ticks(columns) | {"title": {"text": "layer", "standoff": 4, "font": _TITLE}, "ticks": ""},
-            yaxis=_PLAIN
-            | {"tickvals": list(range(len(sites))), "ticktext": [_short(site.label) for site in sites]}
-            | {"autorange": "reversed", "automargin": "left"}
-            # Ticks that nobody sees keep the labels away from the cells.
-            | {"ticks": "outside", "ticklen": 7, "tickcolor": "rgba(0,0,0,0)"},
-            coloraxis=axis | {"colorbar": _colour_bar(height) | axis["colorbar"]},
-        ),
+    heatmap = go.Heatmap(
+        z=[[_rounded(row.get(layer)) for layer in columns] for row in cells],
+        x=columns,
+        y=list(range(len(sites))),
+        customdata=[[_safe(site.label)] * len(columns) for site in sites],
+        hovertemplate=f"<b>%{{customdata}}</b><br>layer %{{x}}: %{{z:{heat.format}}}<extra></extra>",
+        hoverongaps=False,
+        xgap=2,
+        ygap=2,
+        coloraxis="coloraxis",
+        # A few wide cells are better read than compared.
+        texttemplate=f"%{{z:{heat.format}}}" if len(columns) <= _FEW_COLUMNS else None,
+    )
+    layout = _layout(
+        height=height + 84,
+        margin={"l": 4, "r": 20, "t": 4, "b": 80},
+        xaxis=_PLAIN | {"ticks": "", "title": {"text": "layer", "standoff": 4, "font": _TITLE}} | _layer_ticks(columns),
+        yaxis=_PLAIN
+        | {"tickvals": list(range(len(sites))), "ticktext": [_short(site.label) for site in sites]}
+        | {"autorange": "reversed", "automargin": "left"}
+        # Ticks that nobody sees keep the labels away from the cells.
+        | {"ticks": "outside", "ticklen": 7, "tickcolor": "rgba(0,0,0,0)"},
+        coloraxis=heat.axis | {"colorbar": _colour_bar(height) | heat.axis["colorbar"]},
     )
     return Chart(
         name,
-        title,
+        heat.title,
         group,
-        caption,
-        figure_,
-        {theme: ({}, layout) for theme, layout in themes.items()},
+        f"{heat.caption} {len(seen)} layers were looked at." if len(seen) < len(columns) else heat.caption,
+        go.Figure(heatmap, layout),
+        {theme: ({}, {"coloraxis.colorscale": colours}) for theme, colours in heat.colours.items()},
         [str(layer) for layer in seen],
         [(site.label, [figure(row.get(layer)) for layer in seen]) for site, row in zip(sites, cells, strict=True)],
     )
@@ -217,19 +196,8 @@ def _layer_ticks(columns: Sequence[int]) -> dict[str, Any]:
 
 
 def _colour_bar(height: int) -> dict[str, Any]:
-    return {
-        "orientation": "h",
-        "thickness": 8,
-        "thicknessmode": "pixels",
-        "outlinewidth": 0,
-        "x": 0,
-        "xanchor": "left",
-        "xpad": 0,
-        "y": -46 / height,
-        "yanchor": "top",
-        "ypad": 0,
-        "ticks": "",
-    }
+    place = {"x": 0, "xanchor": "left", "xpad": 0, "y": -46 / height, "yanchor": "top", "ypad": 0}
+    return place | {"orientation": "h", "thickness": 8, "outlinewidth": 0, "ticks": ""}
 
 
 def _spectra(groups: Mapping[str, Sequence[SiteRecord]]) -> Iterator[Chart]:
@@ -265,10 +233,10 @@ def _spectrum(name: str, group: str, sites: Sequence[SiteRecord], modules: Seque
     figure_.update_layout(
         height=340,
         margin={"l": 4, "r": 8, "t": 8, "b": 4},
-        xaxis={"title": {"text": "singular value", "standoff": 6, "font": _TITLE}, "automargin": True, "fixedrange": True}
-        | {"range": [0.5, longest + 0.5], "showgrid": False, "zeroline": False, "nticks": 9, "tickformat": "d"},
-        yaxis={"type": "log", "automargin": True, "fixedrange": True, "ticksuffix": " "}
-        | _decades(sites),
+        xaxis=_PLAIN
+        | {"title": {"text": "singular value", "standoff": 6, "font": _TITLE}, "automargin": True}
+        | {"range": [0.5, longest + 0.5], "nticks": 9, "tickformat": "d"},
+        yaxis={"type": "log", "automargin": True, "fixedrange": True, "ticksuffix": " "} | _decades(sites),
         legend={"orientation": "h", "x": 0, "xref": "container", "y": 0, "yref": "container", "yanchor": "bottom"}
         | {"bgcolor": "rgba(0,0,0,0)"},
     )

@@ -59,7 +59,13 @@ def to_html(report: MergeReport | VerifyReport | DiffReport) -> str:
         A page with its styles, scripts and data inside; plotly.js is in it only where there is a chart that needs it.
     """
     context = _difference(report) if isinstance(report, DiffReport) else _model(report)
-    shared = {"report": report, "verdict": _VERDICTS[report.status], "roles": _roles(report), "charts": (), "plotly": ""}
+    shared = {
+        "report": report,
+        "verdict": _VERDICTS[report.status],
+        "roles": _roles(report),
+        "charts": (),
+        "plotly": "",
+    }
     return _environment().get_template("report.html.j2").render(shared | context)
 
 
@@ -148,7 +154,9 @@ def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
         worst = max(shares, key=lambda share: float("inf") if share[0] is None else share[0])
         yield "worst share of its bound", "not finite" if worst[0] is None else figure(worst[0]), worst[1]
     if isinstance(report, MergeReport):
-        planned = "of arrays" if report.bytes_on_disk is None else f"on disk; {byte_size(report.output_bytes)} of arrays"
+        planned = (
+            "of arrays" if report.bytes_on_disk is None else f"on disk; {byte_size(report.output_bytes)} of arrays"
+        )
         yield "output", byte_size(report.bytes_on_disk or report.output_bytes), planned
     yield from _costs(report)
 
@@ -206,7 +214,7 @@ def _value(value: float | int | str | None) -> str:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " × ".join(map(str, shape)) or "scalar"
+    return "-" if shape is None else " x ".join(map(str, shape)) or "scalar"
 
 
 def _pretty(document: Mapping[str, Any]) -> Markup:
