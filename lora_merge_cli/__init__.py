@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_merge_cli.dialects.interface import ScaleOptions as ScaleOptions
+    from lora_merge_cli.diffing import DiffRequest as DiffRequest
+    from lora_merge_cli.diffing import diff as diff
     from lora_merge_cli.errors import LoraMergeError as LoraMergeError
     from lora_merge_cli.formats import open_checkpoint as open_checkpoint
     from lora_merge_cli.inspection import Inspection as Inspection
@@ -21,20 +23,32 @@ if TYPE_CHECKING:
     from lora_merge_cli.merging import merge as merge
     from lora_merge_cli.merging import prepare as prepare
     from lora_merge_cli.plan import MergeOptions as MergeOptions
+    from lora_merge_cli.report import DiffReport as DiffReport
     from lora_merge_cli.report import MergeReport as MergeReport
+    from lora_merge_cli.report import VerifyReport as VerifyReport
+    from lora_merge_cli.verification import Judging as Judging
+    from lora_merge_cli.verification import VerifyRequest as VerifyRequest
+    from lora_merge_cli.verification import verify as verify
 
 _HOMES = {
+    "DiffReport": "report",
+    "DiffRequest": "diffing",
     "InspectRequest": "inspection",
     "Inspection": "inspection",
+    "Judging": "verification",
     "LoraMergeError": "errors",
     "MergeOptions": "plan",
     "MergeReport": "report",
     "MergeRequest": "merging",
     "ScaleOptions": "dialects.interface",
+    "VerifyReport": "report",
+    "VerifyRequest": "verification",
+    "diff": "diffing",
     "inspect": "inspection",
     "merge": "merging",
     "open_checkpoint": "formats",
     "prepare": "merging",
+    "verify": "verification",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (all strings: the names in _HOMES)

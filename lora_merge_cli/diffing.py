@@ -22,10 +22,10 @@ from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.recording import peak_rss, source_record, versions
 from lora_merge_cli.records import KeyPath, TensorSpec, display, full_region, glob_matches, region_shape
 from lora_merge_cli.report import DifferenceRecord, DifferenceStatus, DiffReport, PrefixRecord
-from lora_merge_cli.side_by_side import row_pieces, side_by_side
+from lora_merge_cli.side_by_side import pieces, side_by_side
 from lora_merge_cli.survival import finite
 
-_PIECE_ENTRIES = 2**18
+_WHOLE_ROWS = 2**18
 _STATUSES: tuple[DifferenceStatus, ...] = ("changed", "reshaped", "only-a", "only-b", "rounded", "within", "equal")
 
 
@@ -161,8 +161,8 @@ def _compare(
 ) -> Comparison:
     total = Comparison()
     for region, (values_a, values_b) in side_by_side([(a.source, spec_a), (b.source, spec_b)]):
-        pieces = list(row_pieces(full_region(region_shape(region)), _PIECE_ENTRIES))
-        blocks = ([values[piece] for piece in pieces] for values in (values_a, values_b))
+        parts = list(pieces(full_region(region_shape(region)), columns=_WHOLE_ROWS))
+        blocks = ([values[part] for part in parts] for values in (values_a, values_b))
         for found in pool.map(lambda x, y: compare_blocks(x, y, tolerance), *blocks):
             total.merge(found)
     return total

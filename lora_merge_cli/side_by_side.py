@@ -83,11 +83,17 @@ def _aligned(region: Region, block: Sequence[int]) -> Iterator[Region]:
         start = stop
 
 
-def row_pieces(region: Region, entries: int) -> Iterator[Region]:
-    """Cut a region along its leading axes into pieces of at most about so many entries."""
+def pieces(region: Region, entries: int = 2**18, columns: int = 512) -> Iterator[Region]:
+    """Cut a region into pieces that fit a cache: at most so many columns, and about so many entries.
+
+    Args:
+        region: What to cut.
+        entries: About how many entries a piece has.
+        columns: How many entries of the last axis it has at most, so that it is as high as it is wide.
+    """
     extents = region_shape(region)
-    block = list(extents)
-    for axis, extent in enumerate(extents):
+    block = [*extents[:-1], min(extents[-1], columns)] if extents else []
+    for axis, extent in enumerate(block[:-1]):
         excess = -(-math.prod(block) // entries)
         if excess <= 1:
             break

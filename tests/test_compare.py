@@ -15,7 +15,7 @@ from lora_merge_cli.compare import Comparison, Tolerance, compare_blocks, equals
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.records import full_region, region_shape
-from lora_merge_cli.side_by_side import row_pieces, side_by_side
+from lora_merge_cli.side_by_side import pieces, side_by_side
 from tests.checkpoints import save_item
 from tests.trees import BFLOAT16
 
@@ -91,13 +91,13 @@ def _dtype(name: str) -> np.dtype:
 shapes = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 
 
-@given(shapes, st.integers(1, 60))
-def test_pieces_cover_a_region_once(shape: list[int], entries: int) -> None:
+@given(shapes, st.integers(1, 60), st.integers(1, 8))
+def test_pieces_cover_a_region_once(shape: list[int], entries: int, columns: int) -> None:
     seen = np.zeros(shape, int)
-    for piece in row_pieces(full_region(shape), entries):
+    for piece in pieces(full_region(shape), entries, columns):
         seen[piece] += 1
-        trailing = int(np.prod(shape[1:]))
-        assert np.prod(region_shape(piece)) <= max(entries * 2, 1) or trailing > entries
+        assert region_shape(piece)[-1] <= columns
+        assert np.prod(region_shape(piece)) <= max(2 * entries, columns)
     assert (seen == 1).all()
 
 

@@ -18,7 +18,12 @@ def print_diff(report: DiffReport) -> None:
     prefixes = plain_table("prefix", ">leaves", ">changed", ">differ", ">|b-a|/|a|", ">max|b-a|")
     for row in report.prefixes:
         prefixes.add_row(
-            escape(row.prefix), str(row.leaves), str(row.changed), str(row.differing), figure(row.relative_l2), figure(row.max_abs)
+            escape(row.prefix),
+            str(row.leaves),
+            str(row.changed),
+            str(row.differing),
+            figure(row.relative_l2),
+            figure(row.max_abs),
         )
     console.print(prefixes)
     differing = [leaf for leaf in report.leaves if leaf.status in ("changed", "rounded", "within")]

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import plotly.graph_objects as go  # type: ignore[import-untyped]
-from plotly.colors import make_colorscale, sequential  # type: ignore[import-untyped]
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+import plotly.graph_objects as go
+from plotly.colors import make_colorscale, sequential
+from plotly.offline import get_plotlyjs
 
 from lora_merge_cli.report import LayerRecord, ModelReport, SiteRecord
 from lora_merge_cli.reports.escaping import visible
@@ -166,11 +166,12 @@ def _heatmap(heat: _Heat, name: str, group: str, sites: Sequence[SiteRecord]) ->
         coloraxis="coloraxis",
         # A few wide cells are better read than compared.
         texttemplate=f"%{{z:{heat.format}}}" if len(columns) <= _FEW_COLUMNS else None,
+        textfont={"size": 12, "weight": 600},
     )
     layout = _layout(
         height=height + 84,
         margin={"l": 4, "r": 20, "t": 4, "b": 80},
-        xaxis=_PLAIN | {"ticks": "", "title": {"text": "layer", "standoff": 4, "font": _TITLE}} | _layer_ticks(columns),
+        xaxis=_PLAIN | {"ticks": "", "title": {"text": "layer", "standoff": 4, "font": _TITLE}} | _whole(len(columns)),
         yaxis=_PLAIN
         | {"tickvals": list(range(len(sites))), "ticktext": [_short(site.label) for site in sites]}
         | {"autorange": "reversed", "automargin": "left"}
@@ -190,8 +191,9 @@ def _heatmap(heat: _Heat, name: str, group: str, sites: Sequence[SiteRecord]) ->
     )
 
 
-def _layer_ticks(columns: Sequence[int]) -> dict[str, Any]:
-    step = next((step for step in (1, 2, 5, 10, 20, 50) if len(columns) <= 12 * step), 100)
+def _whole(count: int) -> dict[str, Any]:
+    """The ticks of an axis of that many whole numbers."""
+    step = next((step for step in (1, 2, 5, 10, 20, 50) if count <= 12 * step), 100)
     return {"tickmode": "linear", "tick0": 0, "dtick": step, "tickformat": "d"}
 
 
@@ -235,7 +237,8 @@ def _spectrum(name: str, group: str, sites: Sequence[SiteRecord], modules: Seque
         margin={"l": 4, "r": 8, "t": 8, "b": 4},
         xaxis=_PLAIN
         | {"title": {"text": "singular value", "standoff": 6, "font": _TITLE}, "automargin": True}
-        | {"range": [0.5, longest + 0.5], "nticks": 9, "tickformat": "d"},
+        | {"range": [0.5, longest + 0.5]}
+        | _whole(longest),
         yaxis={"type": "log", "automargin": True, "fixedrange": True, "ticksuffix": " "} | _decades(sites),
         legend={"orientation": "h", "x": 0, "xref": "container", "y": 0, "yref": "container", "yanchor": "bottom"}
         | {"bgcolor": "rgba(0,0,0,0)"},

@@ -126,7 +126,7 @@ def _difference(report: DiffReport) -> dict[str, Any]:
         "tally": [(_DIFFERENCES[status][0], count, _DIFFERENCES[status][1]) for status, count in counted],
         "tiles": [
             ("leaves", f"{len(report.leaves):,}", "in A or B"),
-            ("tolerance", _tolerance(report), "absolute, and relative to A"),
+            _tolerance(report),
             *_costs(report),
         ],
         "words": _DIFFERENCES,
@@ -196,10 +196,10 @@ def _roles(report: MergeReport | VerifyReport | DiffReport) -> dict[str, str]:
     return {source.role: names.get(source.role, source.role) for source in report.sources}
 
 
-def _tolerance(report: DiffReport) -> str:
+def _tolerance(report: DiffReport) -> Tile:
     if report.atol is None or report.rtol is None:
-        return "bits"
-    return f"{report.atol:.3g} + {report.rtol:.3g}"
+        return "tolerance", "none", "only equal bits are equal"
+    return "tolerance", f"{report.atol:.3g} + {report.rtol:.3g}", "absolute, and relative to A"
 
 
 def _time(seconds: float) -> str:
@@ -214,7 +214,7 @@ def _value(value: float | int | str | None) -> str:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " x ".join(map(str, shape)) or "scalar"
+    return "-" if shape is None else ", ".join(map(str, shape)) or "scalar"
 
 
 def _pretty(document: Mapping[str, Any]) -> Markup:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from lora_merge_cli.verification.checks import CHECK_IDS, Judging
 from lora_merge_cli.verification.expectation import ANY_DTYPE
-from lora_merge_cli.verification.verify import Opened, Verdict, VerifyRequest, judge, open_inputs, open_result, verify
+from lora_merge_cli.verification.judgement import (
+    Opened,
+    Verdict,
+    VerifyRequest,
+    judge,
+    open_inputs,
+    open_result,
+    verify,
+)
 
 __all__ = [
     "ANY_DTYPE",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lora_merge_cli.compare import Comparison, compare_blocks, equals_rounded
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
@@ -29,12 +30,12 @@ from lora_merge_cli.records import (
     full_region,
     region_shape,
 )
-from lora_merge_cli.side_by_side import Leaf, row_pieces, side_by_side
+from lora_merge_cli.side_by_side import Leaf, pieces, side_by_side
 from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 
-_PIECE_ENTRIES = 2**18
+_WHOLE_ROWS = 2**18
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Examination:
         index = self._merged.source.index()
         found = self._match_trees(expectation, index)
         self._listener.start(sum(spec.nbytes for _, spec in found.values()))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Pieces are small and computed side by side: threads inside each would only wait for one another.
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
             for leaf, spec in found.values():
                 try:
                     if leaf.site is None:
@@ -293,5 +295,5 @@ class _Judged:
 
 
 def _pieces(region: Region, before: Array, after: Array) -> Iterator[tuple[Array, Array]]:
-    for piece in row_pieces(full_region(region_shape(region)), _PIECE_ENTRIES):
+    for piece in pieces(full_region(region_shape(region)), columns=_WHOLE_ROWS):
         yield before[piece], after[piece]

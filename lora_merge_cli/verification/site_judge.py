@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.compare import equals_rounded
-from lora_merge_cli.dtypes import ulp
+from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.lowrank import input_basis
 from lora_merge_cli.records import AdapterSite, Array, Region, region_shape, relative
-from lora_merge_cli.side_by_side import row_pieces
+from lora_merge_cli.side_by_side import pieces
 from lora_merge_cli.survival import Moments, Realised
 from lora_merge_cli.verification.model_layer import LayerError, LayerPart, ModelLayer
 
-_PIECE_ENTRIES = 2**18
 _EPSILON = 2.0**-24
 _TINY = 2.0**-126
 
@@ -159,7 +158,7 @@ class SiteJudge:
                 for dim, part in extents.items()
             )
             if self._layer_of(block) in self.layers:
-                yield from row_pieces(block, _PIECE_ENTRIES)
+                yield from pieces(block)
 
     def _layer_of(self, region: Region) -> int:
         return int(region[0].start) if self._first else 0
@@ -179,12 +178,14 @@ class SiteJudge:
         m = merged.astype(np.float64)
         delta = self._as_kernel(self._scale * (a @ b), shape)
         # A bound need not be computed more finely than it is meant.
-        size = np.abs(a).astype(np.float32) @ b_size.astype(np.float32)
-        size = self._as_kernel(abs(self._scale) * size.astype(np.float64), shape)
+        size = self._as_kernel(np.abs(abs(self._scale) * a).astype(np.float32) @ b_size.astype(np.float32), shape)
         ideal = added_to + delta
-        limit = terms.ulps * ulp(ideal, self._dtype)
-        limit += self._allowed_steps * (_EPSILON * (np.abs(added_to) + size) + _TINY)
-        error = np.abs(m - ideal)
+        limit = np.abs(added_to)
+        limit += size
+        limit *= self._allowed_steps * _EPSILON
+        limit += terms.ulps * ulp(ideal, self._dtype)
+        limit += self._allowed_steps * _TINY
+        error = np.abs(np.subtract(m, ideal, out=ideal), out=ideal)
         share = error / limit
         bad = ~(share <= 1.0)
         beyond = int(np.count_nonzero(bad))
@@ -209,10 +210,9 @@ class SiteJudge:
         moments.max_abs = float(np.abs(delta).max(initial=0.0))
         moments.entries = delta.size
         projected = _Projection(len(a), self._scale * ((basis.T @ a) @ b))
-        served = np.zeros(shape)
-        stored_values = merged if finite else m.astype(merged.dtype)
+        served = m
         for dtype in dict.fromkeys((self._dtype, terms.serving_dtype)):
-            q = _cast(stored_values, dtype) - _cast(kernel, dtype)
+            q = _cast(m, self._dtype, dtype) - _cast(w, kernel.dtype, dtype)
             off = q - delta
             moments.realised[dtype.name] = Realised(
                 q_dot_d=_sum_of_products(q, delta),
@@ -300,9 +300,12 @@ class _Projection:
             )
 
 
-def _cast(values: Array, dtype: np.dtype[Any]) -> Array:
+def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
+    """float64 values of a stored dtype, rounded to another one."""
+    if holds_all_values_of(dtype, stored):
+        return values
     with np.errstate(over="ignore"):
-        return values.astype(dtype).astype(np.float64)
+        return values.astype(stored).astype(dtype).astype(np.float64)
 
 
 def _arranged(values: Array, dims: str, order: Iterable[str]) -> Array:
