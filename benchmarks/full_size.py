@@ -1,4 +1,4 @@
-"""Merge a full-size pi0 LoRA checkpoint beside ``cp -r`` of the result, and print wall time and peak memory.
+"""Merge and verify a full-size pi0 LoRA checkpoint beside ``cp -r`` of the result; print wall time and peak memory.
 
 The checkpoint has the real model's tree, shapes and stored dtypes (3.3 B parameters), random weights of realistic size, and a
 trainer's chunking: a leaf is one zarr chunk, or two where it exceeds 2 GiB.
@@ -108,7 +108,8 @@ def main() -> None:
     if maker.exitcode:
         raise SystemExit("the checkpoint could not be made")
     merged, copy = DATA / "merged", DATA / "copy"
-    rows: dict[str, list[tuple[float, float, float, float]]] = {"inspect": [], "merge": [], "cp -r": []}
+    names = ("inspect", "merge", "cp -r", "verify", "verify --sample 2", "diff")
+    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in names}
     for _ in range(options.runs):
         for target in (merged, copy):
             shutil.rmtree(target, ignore_errors=True)
@@ -116,13 +117,17 @@ def main() -> None:
         merge = [*COMMAND, "merge", str(source), "-o", str(merged), "--dtype", options.dtype, "-q"]
         rows["merge"].append(timed(merge))
         rows["cp -r"].append(timed(["cp", "-r", "--reflink=never", str(merged), str(copy)]))
+        verify = [*COMMAND, "verify", str(merged), "--against", str(source), "-q"]
+        rows["verify"].append(timed(verify))
+        rows["verify --sample 2"].append(timed([*verify, "--sample", "2"]))
+        rows["diff"].append(timed([*COMMAND, "diff", str(merged), str(copy), "-q"]))
     size = sum(file.stat().st_size for file in merged.rglob("*") if file.is_file())
     print(f"{platform.machine()}, {os.cpu_count()} cores; output {size / 2**30:.2f} GiB; {options.runs} runs")
-    print(f"{'':10}{'wall median':>12}{'wall min':>10}{'user':>8}{'sys':>8}{'peak GiB':>10}")
+    print(f"{'':18}{'wall median':>12}{'wall min':>10}{'user':>8}{'sys':>8}{'peak GiB':>10}")
     for name, runs in rows.items():
         wall, user, system, peak = zip(*runs, strict=True)
         middle = [statistics.median(values) for values in (wall, user, system)]
-        print(f"{name:10}{middle[0]:11.1f}s{min(wall):9.1f}s{middle[1]:7.1f}s{middle[2]:7.1f}s{max(peak):10.2f}")
+        print(f"{name:18}{middle[0]:11.1f}s{min(wall):9.1f}s{middle[1]:7.1f}s{middle[2]:7.1f}s{max(peak):10.2f}")
     planned = json.loads((merged / "lora_merge.json").read_text())["peak_bytes_planned"] / 2**30
     print(f"the plan said {planned:.1f} GiB")
     ratio = statistics.median(run[0] for run in rows["merge"]) / statistics.median(run[0] for run in rows["cp -r"])
