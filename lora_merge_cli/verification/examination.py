@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from lora_merge_cli.compare import Comparison, compare_blocks, equals_rounded
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
 from lora_merge_cli.dtypes import holds_all_values_of, is_float
-from lora_merge_cli.errors import CorruptCheckpoint, NonFiniteInput
-from lora_merge_cli.formats.interface import Checkpoint, Source
+from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.lowrank import adapter_digest, spectrum
 from lora_merge_cli.records import (
@@ -33,6 +34,7 @@ from lora_merge_cli.records import (
 from lora_merge_cli.side_by_side import Leaf, pieces, side_by_side
 from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
+from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 
 _WHOLE_ROWS = 2**18
@@ -119,7 +121,7 @@ class Examination:
     ) -> None:
         self._merged, self._checkpoint, self._base = merged, checkpoint, base
         self._dialect, self._terms, self._sample = dialect, terms, sample
-        self._judged = _Judged(merged.source)
+        self._judged = JudgedSource(merged.source)
         self._listener = listener or Silent()
         self.findings = Findings()
 
@@ -141,7 +143,7 @@ class Examination:
                         self._compare(leaf, spec, pool)
                     else:
                         self._judge(leaf, leaf.site, spec, pool)
-                except _Unreadable as error:
+                except Unreadable as error:
                     self.findings.unreadable[spec.name] = str(error)
         return self.findings
 
@@ -185,21 +187,26 @@ class Examination:
 
     def _compare(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
         """An untouched leaf."""
-        leaves: list[Leaf] = [(self._checkpoint.source, leaf.source), (self._judged, spec)]
+        wanted = leaf.dtype or leaf.source.dtype
+        leaves: list[Leaf] = [(self._checkpoint.source, leaf.source)]
+        # The same stored bytes decode to the same values: one of them will do.
+        alike = leaf.source.dtype == spec.dtype == wanted and self._stored_alike(leaf.source, spec)
+        if not alike:
+            leaves.append((self._judged, spec))
         if leaf.base is not None and self._base is not None:
             leaves.append((self._base.source, leaf.base))
         total = Comparison()
-        wanted = leaf.dtype or leaf.source.dtype
 
         def compare(piece: tuple[Array, Array]) -> Comparison:
             with np.errstate(over="ignore"):
                 return compare_blocks(piece[0].astype(wanted, copy=False), piece[1])
 
         frozen = True
-        for region, (before, after, *base) in side_by_side(leaves):
+        for region, (before, *others) in side_by_side(leaves):
+            after = before if alike else others.pop(0)
             for part in pool.map(compare, _pieces(region, before, after)):
                 total.merge(part)
-            frozen = frozen and all(equals_rounded(before, values) for values in base)
+            frozen = frozen and all(equals_rounded(before, base) for base in others)
             self._listener.advance(spec.name, after.nbytes)
         self.findings.untouched += 1
         self._note_frozen(leaf, frozen)
@@ -208,6 +215,13 @@ class Examination:
         if total.non_finite_b:
             noted = self.findings.not_finite if total.non_finite else self.findings.not_finite_before
             noted[spec.name] = total.non_finite_b
+
+    def _stored_alike(self, before: TensorSpec, after: TensorSpec) -> bool:
+        """Whether both leaves are kept as the same bytes."""
+        one, other = self._checkpoint.source.stored(before.path), self._judged.stored(after.path)
+        if one is None or other is None or one.encoding != other.encoding:
+            return False
+        return all(a == b for a, b in itertools.zip_longest(one.values, other.values))
 
     def _judge(self, leaf: ExpectedLeaf, site: AdapterSite, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
         """A kernel that an adapter was added to."""
@@ -267,31 +281,6 @@ class Examination:
             self.findings.frozen += 1
             if not frozen:
                 self.findings.not_frozen.append(leaf.source.name)
-
-
-class _Unreadable(Exception):
-    """A leaf of the result cannot be read."""
-
-
-class _Judged:
-    """The result's source, whose damage is a finding and no error."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def read(self, path: KeyPath, region: Region) -> Array:
-        """See `Source.read`.
-
-        Raises:
-            _Unreadable: Instead of `CorruptCheckpoint`.
-        """
-        try:
-            return self._source.read(path, region)
-        except CorruptCheckpoint as error:
-            raise _Unreadable(error.found or error.what) from error
 
 
 def _pieces(region: Region, before: Array, after: Array) -> Iterator[tuple[Array, Array]]:
