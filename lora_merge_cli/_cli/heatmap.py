@@ -37,17 +37,17 @@ _GAINS: Sequence[tuple[float, Colour]] = (
 def print_heatmaps(console: Console, report: ModelReport) -> None:
     """Both maps of every expert, side by side; nothing where nothing was measured."""
     sites = [site for site in report.sites if len(site.layers) > 1]
+    label = max((len(site.label) for site in sites), default=0)
     for group in dict.fromkeys(site.group for site in sites):
         rows = [site for site in sites if site.group == group]
         largest = max((layer.relative_norm or 0.0 for site in rows for layer in site.layers), default=0.0) or 1.0
         lines = [_row(console, site, report.serving_dtype, largest) for site in rows]
-        label = max(len(site.label) for site in rows)
         width = max(len(_columns(site)) for site in rows)
         first, last = rows[0].layers[0].layer, rows[0].layers[-1].layer
         console.print()
         console.print(
-            f"[bold]{group}[/bold], layers {first} to {last}: |delta|/|kernel| up to {figure(largest)}; "
-            f"gain in {report.serving_dtype}",
+            f"[bold]{group}[/bold], layers {first}-{last}: |d|/|w| up to {figure(largest)}; "
+            f"gain in {report.serving_dtype}, least",
             highlight=False,
         )
         for site, (sizes, gains, least) in zip(rows, lines, strict=True):

@@ -1,0 +1,41 @@
+"""The interactive charts of the HTML report.
+
+Nothing else imports this package, so that nothing else pays for plotly.
+"""
+
+from __future__ import annotations
+
+from plotly.offline import get_plotlyjs
+
+from lora_merge_cli.report import DiffReport, ModelReport, SiteRecord
+from lora_merge_cli.reports.charts.bars import farthest_leaves, kernel_errors
+from lora_merge_cli.reports.charts.base import Chart
+from lora_merge_cli.reports.charts.groups import trained_parts
+from lora_merge_cli.reports.charts.heatmaps import heatmaps
+from lora_merge_cli.reports.charts.spectra import spectra
+
+__all__ = ["Chart", "diff_charts", "model_charts", "plotly_script"]
+
+
+def plotly_script() -> str:
+    """The source of plotly.js, to stand in a script element."""
+    source: str = get_plotlyjs()
+    return source.replace("</script", "<\\/script")
+
+
+def model_charts(report: ModelReport) -> tuple[Chart, ...]:
+    """The charts of a merge or of a verification; none of what was not measured."""
+    experts: dict[str, list[SiteRecord]] = {}
+    for site in report.sites:
+        experts.setdefault(site.group, []).append(site)
+    return (
+        *heatmaps(report, experts),
+        *spectra(experts),
+        *kernel_errors(report.sites),
+        *trained_parts(report.groups),
+    )
+
+
+def diff_charts(report: DiffReport) -> tuple[Chart, ...]:
+    """The charts of a comparison; none if no leaf is farther than another."""
+    return tuple(farthest_leaves(report))
