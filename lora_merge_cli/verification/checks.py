@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -211,6 +211,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         if not gains:
             continue
         figures[f"least_gain_{role}"] = min(gains.values())
+        figures[f"least_gain_of_a_layer_{role}"] = min(_layer_gains(findings, gains, role, serving_dtype))
         lost = sorted((name for name, gain in gains.items() if gain < judging.min_gain), key=lambda name: gains[name])
         if lost:
             dtypes = sorted({findings.sites[name].dtype.name for name in lost}) if role == "stored" else [serving_dtype]
@@ -230,6 +231,15 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         return CheckRecord("delta-survival", "fail" if fails else "warn", message, figures, tuple(names[:_MANY]))
     message = f"every delta keeps at least {judging.min_gain:g} of itself along the adapter's inputs{sampled}"
     return CheckRecord("delta-survival", "pass", message, figures)
+
+
+def _layer_gains(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> Iterator[float]:
+    for name in names:
+        found = findings.sites[name]
+        for verdict in found.layers.values():
+            survival = verdict.moments.survival(found.dtype.name if role == "stored" else serving_dtype)
+            if survival.gain_along_inputs is not None:
+                yield survival.gain_along_inputs
 
 
 def base(findings: Findings, *, given: bool) -> CheckRecord:
