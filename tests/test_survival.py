@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +15,14 @@ from hypothesis import strategies as st
 
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.equation import Equation
-from lora_merge_cli.measurement import delta_singular_values
-from lora_merge_cli.operations.add_delta import AddDelta, input_basis
+from lora_merge_cli.lowrank import delta_singular_values, input_basis
+from lora_merge_cli.operations.add_delta import AddDelta
 from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, full_region, grid
 from lora_merge_cli.survival import Moments, Survival
+from tests.checkpoints import save_step
+from tests.command import run
+from tests.test_openpi_merge import ALPHAS
+from tests.trees import ACTION, PALIGEMMA, build, nest
 
 EQUATIONS = {
     "ir,ro->io": {"i": 12, "r": 3, "o": 10},
@@ -245,3 +250,18 @@ def test_no_two_sites_of_a_real_model_need_more_than_a_few_compilations() -> Non
         matrices.add(tuple(itertools.accumulate(t for t in tile if t > 1))[-1:] + tile[-1:])
         assert all(n % part == 0 for n, part in zip(shape, tile, strict=True)), (equation, tile)
     assert len(matrices) <= 2
+
+
+def test_the_spectrum_is_that_of_the_merged_delta(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    step = save_step(tmp_path / "in" / "5", nest(tree.leaves))
+    outcome = run("merge", step, "-o", tmp_path / "out", "--lora-alpha", ALPHAS, "--scale", "0.5", "--json")
+    for site in outcome.json["sites"]:
+        path = tuple(site["target"].split("/")[1:-1])
+        delta = 0.5 * (tree.expected[path] - tree.leaves[path].astype(np.float64))
+        # attn_vec sums over its heads, so its inputs are heads and head dims together.
+        heads = delta.shape[-3] if site["module"] == "attn_vec_einsum" else 1
+        matrices = delta.reshape(-1, heads * delta.shape[-2], delta.shape[-1])
+        values = np.sqrt(np.mean(np.square(np.linalg.svd(matrices, compute_uv=False)), axis=0))
+        assert len(site["spectrum"]) == site["rank"]
+        np.testing.assert_allclose(site["spectrum"], values[: site["rank"]], rtol=1e-5)
