@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from html import unescape
 from typing import Any
 
@@ -124,9 +126,21 @@ def page(html: str) -> str:
     return re.sub(r'<script id="plotly">.*?</script>', "", html, flags=re.DOTALL)
 
 
-def charts(html: str) -> list[dict[str, Any]]:
+def charts(html: str) -> dict[str, dict[str, Any]]:
+    """By name, in the order of the page."""
     found = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', html, flags=re.DOTALL)
-    return json.loads(found[0]) if found else []
+    return {chart["name"]: chart for chart in json.loads(found[0])} if found else {}
+
+
+def ink(chart: dict[str, Any], property: str, layout: bool = False) -> Any:
+    """What both themes set a property to."""
+    light, dark = (chart["themes"][theme][layout][property] for theme in ("light", "dark"))
+    assert light == dark
+    return light
+
+
+def notes(chart: dict[str, Any]) -> list[str]:
+    return [note["text"] for note in chart["layout"]["annotations"]]
 
 
 def rows(html: str) -> list[list[str]]:
@@ -165,9 +179,17 @@ def test_a_verification_shows_its_checks_sites_and_charts() -> None:
     assert html.count('class="number low"') == 4
 
 
+@pytest.mark.parametrize(("warnings", "said"), [(0, "0 warnings"), (1, "1 warning"), (2, "2 warnings")])
+def test_checks_are_counted(warnings: int, said: str) -> None:
+    html = page(to_html(verified(checks=CHECKS + (CheckRecord("assets", "warn", "Odd."),) * warnings)))
+    tally = re.findall(r"<strong>(\d+)</strong> (\w+)</li>", html)
+    assert [" ".join(item) for item in tally] == ["1 passed", said, "1 failed", "1 skipped"]
+
+
 def test_charts_keep_gaps_and_leave_zeros_out_of_a_logarithm() -> None:
-    drawn = {chart["name"]: chart for chart in charts(to_html(verified()))}
-    assert sorted(drawn) == [f"{kind}-{number}" for kind in ("gain", "size", "spectrum") for number in (0, 1)]
+    drawn = charts(to_html(verified()))
+    by_expert = [f"{kind}-{number}" for kind in ("size", "gain", "spectrum") for number in (0, 1)]
+    assert list(drawn) == [*by_expert, "shares", "parts"]
     size, gain, spectrum = (drawn[f"{kind}-0"] for kind in ("size", "gain", "spectrum"))
     assert size["data"][0]["x"] == [0, 1, 2]
     assert size["data"][0]["z"] == [[0.01, None, 0.03]]
@@ -182,7 +204,65 @@ def test_charts_keep_gaps_and_leave_zeros_out_of_a_logarithm() -> None:
 
 def test_sites_without_a_delta_have_no_spectrum() -> None:
     blank = site(spectrum=(0.0, 0.0), survival=survival(None), layers=(LayerRecord(0, 0.0, 0.0, survival(None)),))
-    assert [chart["name"] for chart in charts(to_html(verified(sites=(blank,))))] == ["size-0"]
+    assert list(charts(to_html(verified(sites=(blank,), groups=())))) == ["size-0", "shares"]
+
+
+def test_parts_are_stacked_by_what_became_of_them() -> None:
+    groups = (
+        GroupRecord("projections", "trained", 4, 1, 4),
+        GroupRecord("language model", "lora", 5, 1_980_000_000, 3_960_000_000),
+        GroupRecord("language model", "frozen", 3, 527_000_000, 2048),
+    )
+    html = to_html(verified(groups=groups))
+    chart = charts(html)["parts"]
+    assert chart["layout"]["yaxis"]["ticktext"] == ["language model", "projections"]
+    assert notes(chart) == ["2.5 B", "1"]
+    frozen, lora, trained, rest = chart["data"]
+    assert [trace["name"] for trace in (frozen, lora, trained)] == [
+        "frozen <b>527.0 M</b>",
+        "frozen + LoRA <b>2.0 B</b>",
+        "fully trained <b>1</b>",
+    ]
+    assert (frozen["y"], frozen["x"], frozen["customdata"]) == ([0], [527_000_000], [[3, "527.0 M", "2.0 KiB"]])
+    # A single parameter is seen beside billions, and every row is as long as the longest.
+    assert trained["x"][0] > 10_000_000
+    assert rest["x"] == [0, chart["layout"]["xaxis"]["range"][1] - trained["x"][0]]
+    assert ink(chart, "marker.color") == ["--frozen", "--lora", "--trained", "--well"]
+    assert "<h3>What the fine-tune trained</h3>" in html
+    assert "language model: frozen + LoRA" in html and "1,980,000,000" in html
+
+
+def test_kernels_beyond_their_bound_stand_out() -> None:
+    shares = (0.432, 5123.4, None, 1.0)
+    sites = tuple(site(proof=ProofRecord(share, 0, None, None, None)) for share in shares)
+    html = to_html(verified(sites=sites, groups=()))
+    chart = charts(html)["shares"]
+    bars, rest = chart["data"]
+    edge = chart["layout"]["xaxis"]["range"][1]
+    assert bars["x"] == [0.432, edge, edge, 1.0]
+    assert [bar + track for bar, track in zip(bars["x"], rest["x"], strict=True)] == [edge] * 4
+    assert bars["marker"]["pattern"]["shape"] == ["", "", "/", ""]
+    assert notes(chart) == ["0.432", "✕ 5.12e+03", "✕ not finite", "1.000"]
+    assert ink(chart, "marker.color")[0] == ["--accent", "--fail", "--fail", "--accent"]
+    assert [ink(chart, f"annotations[{number}].font.color", layout=True) for number in (1, 2)] == ["--fail"] * 2
+    assert [(line["x0"], line["x1"]) for line in chart["layout"]["shapes"]] == [(1, 1)]
+    assert html.count("✕ not finite</td>") == 1
+
+
+def test_many_kernels_show_the_worst_of_them() -> None:
+    shares = [number / 100 for number in range(70)]
+    sites = tuple(site(f"{share}", proof=ProofRecord(share, 0, None, None, None)) for share in shares)
+    html = to_html(verified(sites=sites, groups=()))
+    assert charts(html)["shares"]["data"][0]["x"] == shares[:9:-1]
+    assert "The 60 worst of 70." in html
+
+
+@pytest.mark.parametrize(("looked_at", "said"), [((0, 2), True), ((0, 1, 2), False)])
+def test_a_sample_says_how_many_layers_it_is_of(looked_at: tuple[int, ...], said: bool) -> None:
+    layers = tuple(LayerRecord(number, 0.01, 0.04, survival(0.9)) for number in looked_at)
+    html = page(to_html(verified(sites=(site(layers=layers),), sample=len(looked_at))))
+    assert (f"same colours. {len(looked_at)} layers were looked at." in html) == said
+    assert f"{len(looked_at)} layers of each site were looked at." in html
 
 
 def test_hostile_names_stay_text() -> None:
@@ -201,8 +281,12 @@ def test_hostile_names_stay_text() -> None:
         assert "<b>&" not in html
         assert "\u202e" not in html
         assert page(html).count("</script") == page(html).count("<script")
-    for trace in (trace for chart in charts(judged) for trace in chart["data"]):
-        assert "<script" not in trace.get("name", "") + str(trace["customdata"])
+        drawn = json.dumps(charts(html), ensure_ascii=False)
+        assert "\u202e" not in drawn
+        assert "alert(1)" in drawn
+        assert "<" not in re.sub(r"</?(b|extra)>|<br>", "", drawn)
+    assert {"size-0", "shares", "parts"} < set(charts(judged))
+    assert list(charts(compared)) == ["farthest"]
 
 
 def test_a_figure_that_is_not_there_is_a_dash() -> None:
@@ -214,14 +298,23 @@ def test_a_figure_that_is_not_there_is_a_dash() -> None:
     assert not re.search(r"\b(None|nan|Undefined)\b", html)
 
 
-def test_a_dry_run_has_no_charts() -> None:
+@pytest.mark.parametrize("groups", [(), verified().groups], ids=["nothing known", "groups known"])
+def test_a_dry_run_has_no_charts_of_deltas(groups: tuple[GroupRecord, ...]) -> None:
     planned = site(relative_norm=None, max_abs=None, spectrum=(), survival=(), proof=None, layers=())
-    html = to_html(merged(status="planned", output=None, sites=(planned,)))
-    assert charts(html) == []
-    assert "plotly" not in html
+    html = to_html(merged(status="planned", output=None, sites=(planned,), groups=groups))
+    assert list(charts(html)) == (["parts"] if groups else [])
+    assert ("plotly" in html) == bool(groups)
+    assert "<h2>Deltas" not in html
     assert "Planned" in html
     assert rows(html) == [["attn/q", "paligemma", "4", "2", "bfloat16 → float32"]]
     assert "img/" in html and "merged into its kernel" in html
+
+
+def test_groups_without_parameters_have_no_chart() -> None:
+    empty = GroupRecord("vision tower", "frozen", 0, 0, 0)
+    assert "parts" not in charts(to_html(verified(groups=(empty,))))
+    some = GroupRecord("expert", "frozen", 1, 5, 10)
+    assert charts(to_html(verified(groups=(empty, some))))["parts"]["data"][0]["x"] == [5, 0]
 
 
 def test_a_comparison_shows_its_leaves_and_says_when_there_are_too_many() -> None:
@@ -232,3 +325,31 @@ def test_a_comparison_shows_its_leaves_and_says_when_there_are_too_many() -> Non
     many = to_html(differing(DIFFERENT.leaves * 2001))
     assert "The first 2,000 of 2,001" in many
     assert len(rows(many)) == 2001
+
+
+def test_the_most_changed_leaves_are_bars() -> None:
+    long = f"{'x' * 30}/llm/layers/attn/q_einsum/w"
+    sizes = {"a/w": 0.1, long: 0.40006, "b/w": None, "c/w": 0.0, "y" * 50: 0.2, "d/w": 0.05}
+    leaves = tuple(DifferenceRecord(path, "", "changed", relative_l2=size) for path, size in sizes.items())
+    chart = charts(to_html(dataclasses.replace(differing(leaves), top=3)))["farthest"]
+    bars, rest = chart["data"]
+    assert bars["x"] == [0.4001, 0.2, 0.1]
+    assert rest["x"] == pytest.approx([0.0, 0.20006, 0.30006])
+    assert min(rest["x"]) >= 0
+    assert notes(chart) == ["0.400", "0.200", "0.100", "…/llm/layers/attn/q_einsum/w", f"…{'y' * 41}", "a/w"]
+    in_full = [note["hovertext"].replace("<br>", "") for note in chart["layout"]["annotations"][3:]]
+    assert in_full == [data[0].replace("<br>", "") for data in bars["customdata"]] == [long, "y" * 50, "a/w"]
+    assert all(len(line) <= 42 for line in bars["customdata"][0][0].split("<br>"))
+
+
+def test_a_comparison_without_changes_has_no_chart() -> None:
+    same = (DifferenceRecord("a/w", "a", "equal", relative_l2=0.0), DifferenceRecord("b/w", "b", "only-a"))
+    html = to_html(differing(same))
+    assert charts(html) == {}
+    assert "plotly" not in html
+    assert "Most changed leaves" not in html
+
+
+def test_a_report_without_charts_does_not_import_plotly() -> None:
+    code = "import sys, lora_merge_cli.reports.html; assert not any('plotly' in name for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -13,18 +13,19 @@ from markupsafe import Markup, escape
 from lora_merge_cli.report import (
     CheckRecord,
     DiffReport,
-    GroupRecord,
     MergeReport,
     ModelReport,
     SiteRecord,
     VerifyReport,
 )
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, figure, quantity, short_scale, survival_for
+from lora_merge_cli.reports.words import byte_size, figure, short_scale, survival_for
+
+if TYPE_CHECKING:
+    from lora_merge_cli.reports.charts import Chart
 
 _MOST_LEAVES = 2000
 _PROBLEMS_FIRST = ("fail", "warn", "pass", "skip")
-_LEAST_TRAINED_FIRST = ("frozen", "lora", "adapter", "trained")
 _VERDICTS = {
     "passed": ("pass", "Passed"),
     "failed": ("fail", "Failed"),
@@ -81,7 +82,6 @@ def _environment() -> Environment:
     environment.filters |= {
         "figure": figure,
         "bytes": byte_size,
-        "quantity": quantity,
         "scale": short_scale,
         "time": _time,
         "value": _value,
@@ -100,28 +100,24 @@ def _shown(value: object) -> object:
 def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
     context = {
         "page": "model.html.j2",
-        "tally": [(status, count, _CHECKS[status]) for status, count in _counted(report.checks)],
+        "tally": list(_tally(report.checks)),
         "checks": sorted(report.checks, key=lambda check: _PROBLEMS_FIRST.index(check.status)),
         "tiles": list(_tiles(report)),
-        "parts": _parts(report.groups),
-        "treatments": STATUS_WORDS,
         "proven": [site for site in report.sites if site.proof is not None],
         "measured": any(site.relative_norm is not None for site in report.sites),
         "min_gain": report.min_gain if isinstance(report, VerifyReport) else None,
         "dropped": _by_reason(report) if isinstance(report, MergeReport) else {},
     }
-    if any(site.layers or site.spectrum for site in report.sites):
-        from lora_merge_cli.reports.charts import model_charts, plotly_script
+    if report.groups or any(site.layers or site.spectrum or site.proof for site in report.sites):
+        from lora_merge_cli.reports.charts import model_charts
 
-        charts = model_charts(report)
-        context |= {"charts": charts, "plotly": Markup(plotly_script()) if charts else ""}
+        context |= _drawn(model_charts(report))
     return context
 
 
 def _difference(report: DiffReport) -> dict[str, Any]:
     counted = [(status, report.counts[status]) for status in _DIFFERENCES if report.counts.get(status)]
-    farthest = sorted((leaf for leaf in report.leaves if leaf.relative_l2), key=lambda leaf: -(leaf.relative_l2 or 0))
-    return {
+    context = {
         "page": "diff.html.j2",
         "tally": [(_DIFFERENCES[status][0], count, _DIFFERENCES[status][1]) for status, count in counted],
         "tiles": [
@@ -130,14 +126,26 @@ def _difference(report: DiffReport) -> dict[str, Any]:
             *_costs(report),
         ],
         "words": _DIFFERENCES,
-        "farthest": farthest[: max(report.top, 1)],
         "shown": report.leaves[:_MOST_LEAVES],
     }
+    if any(leaf.relative_l2 for leaf in report.leaves):
+        from lora_merge_cli.reports.charts import diff_charts
+
+        context |= _drawn(diff_charts(report))
+    return context
 
 
-def _counted(checks: Iterable[CheckRecord]) -> Iterator[tuple[str, int]]:
-    counts = Counter(check.status for check in checks)
-    return ((status, counts[status]) for status in ("pass", "warn", "fail", "skip") if counts)
+def _drawn(charts: Sequence[Chart]) -> dict[str, Any]:
+    """Charts, and what draws them: plotly.js is most of a page's size."""
+    from lora_merge_cli.reports.charts import plotly_script
+
+    return {"charts": charts, "plotly": Markup(plotly_script())}
+
+
+def _tally(checks: Iterable[CheckRecord]) -> Iterator[tuple[str, int, str]]:
+    counts: Counter[str] = Counter(check.status for check in checks)
+    for status, word in _CHECKS.items() if counts else ():
+        yield status, counts[status], word.removesuffix("s") if counts[status] == 1 else word
 
 
 def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
@@ -175,13 +183,6 @@ def _costs(report: MergeReport | VerifyReport | DiffReport) -> Iterator[Tile]:
         yield "peak memory", byte_size(report.peak_rss_bytes), "resident"
     elif isinstance(report, MergeReport):
         yield "peak memory", byte_size(report.peak_bytes_planned), "estimated"
-
-
-def _parts(groups: Iterable[GroupRecord]) -> dict[str, list[GroupRecord]]:
-    parts: dict[str, list[GroupRecord]] = {}
-    for group in sorted(groups, key=lambda group: [*_LEAST_TRAINED_FIRST, group.status].index(group.status)):
-        parts.setdefault(group.part, []).append(group)
-    return dict(sorted(parts.items(), key=lambda item: -sum(group.parameters for group in item[1])))
 
 
 def _by_reason(report: MergeReport) -> Mapping[str, list[str]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from plotly.offline import get_plotlyjs
 
 from lora_merge_cli.report import DiffReport, ModelReport, SiteRecord
-from lora_merge_cli.reports.charts.bars import farthest_leaves, kernel_errors
 from lora_merge_cli.reports.charts.base import Chart
 from lora_merge_cli.reports.charts.groups import trained_parts
 from lora_merge_cli.reports.charts.heatmaps import heatmaps
+from lora_merge_cli.reports.charts.kernels import kernel_errors
+from lora_merge_cli.reports.charts.leaves import farthest_leaves
 from lora_merge_cli.reports.charts.spectra import spectra
 
 __all__ = ["Chart", "diff_charts", "model_charts", "plotly_script"]

@@ -39,6 +39,7 @@ LEGEND: Mapping[str, Any] = {
 TITLE_FONT: Mapping[str, Any] = {"size": 11}
 """Of an axis."""
 
+_FAMILY = "system-ui, sans-serif"
 _LABEL = 26
 
 
@@ -82,8 +83,8 @@ def base_layout(**rest: Any) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "dragmode": False,
-        "font": {"size": 11, "family": "system-ui, sans-serif"},
-        "hoverlabel": {"align": "left", "font": {"size": 12}},
+        "font": {"size": 11, "family": _FAMILY},
+        "hoverlabel": {"align": "left", "font": {"size": 12, "family": _FAMILY}},
     } | rest
 
 

@@ -38,8 +38,10 @@
   const paint = () => {
     const style = getComputedStyle(document.documentElement);
     const ink = (name) => style.getPropertyValue(name).trim();
+    const inked = (_, value) => (typeof value === "string" && value.startsWith("--") ? ink(value) : value);
     for (const chart of charts) {
-      const [traces, layout] = chart.themes[dark.matches ? "dark" : "light"];
+      const theme = JSON.stringify(chart.themes[dark.matches ? "dark" : "light"]);
+      const [traces, layout] = JSON.parse(theme, inked);
       window.Plotly.update(document.getElementById(chart.name), traces, {
         "font.color": ink("--muted"),
         "yaxis.gridcolor": ink("--line"),
