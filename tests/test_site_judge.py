@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lora_merge_cli.dialects.interface import ScaleOptions
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.records import AdapterSite, Index, TensorSpec, full_region, grid
+from lora_merge_cli.verification.model_layer import INPUTS, layer_inputs
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 from tests.trees import BFLOAT16, dense
 
@@ -155,3 +156,28 @@ def test_zeros_are_no_error(zero: str) -> None:
     for verdict in found.values():
         assert verdict.worst_share <= 1 and verdict.forward.share <= 1
         assert (verdict.forward.error is None) == (zero != "w")
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_half_of_the_inputs_are_what_the_adapter_reacts_to(module: str) -> None:
+    rng = np.random.default_rng(7)
+    shapes = MODULES[module](2, 30, 40, 3)
+    site = site_of(module, shapes, 3.0)
+    a = rng.standard_normal(shapes[1])
+    operands = site.forward.base.split("->")[0].split(",")
+    sizes = dict(zip(operands[1], shapes[0], strict=True))
+    inputs = layer_inputs(site.forward, operands[0], sizes, a, rng)[0].reshape(INPUTS, -1)
+    columns = a.reshape(-1, 3) if module == "attn_vec_einsum" else np.moveaxis(a, -2, 0).reshape(40, -1)
+    outside = inputs.T - columns @ np.linalg.lstsq(columns, inputs.T, rcond=None)[0]
+    np.testing.assert_allclose(np.linalg.norm(inputs, axis=1), 1)
+    assert (np.linalg.norm(outside, axis=0) < 1e-9).tolist() == [False] * (INPUTS // 2) + [True] * (INPUTS // 2)
+
+
+def test_a_device_may_flush_subnormal_numbers_to_zero() -> None:
+    rng = np.random.default_rng(8)
+    shapes = MODULES["q_einsum"](2, 3, 4, 2)
+    site = site_of("q_einsum", shapes, 3.0)
+    w, a, b = (rng.standard_normal((2, *shape)).astype(np.float32) for shape in shapes)
+    w, a = w * np.float32(1e-39), a * np.float32(1e-39)
+    found = judged(site, w, a, b, np.zeros_like(w))
+    assert max(verdict.worst_share for verdict in found.values()) <= 1

@@ -53,7 +53,7 @@ class ModelLayer:
         self._input, self._kernel = operands.split(",")
         self._formula = forward.base
         sizes = dict(zip(self._kernel, shape, strict=True))
-        self._inputs = _inputs(forward, self._input, sizes, a, rng)
+        self._inputs = layer_inputs(forward, self._input, sizes, a, rng)
         self._magnitudes = np.abs(self._inputs)
         self._adapter = scale * np.einsum(
             forward.up, np.einsum(forward.down, self._inputs, a, optimize=True), b, optimize=True
@@ -131,8 +131,19 @@ def _position(dims: str) -> str:
     return dims[1]
 
 
-def _inputs(forward: Forward, dims: str, sizes: dict[str, int], a: Array, rng: np.random.Generator) -> Array:
-    """Inputs of norm 1: random ones, and random mixtures of lora_a's columns, to which the adapter reacts most."""
+def layer_inputs(forward: Forward, dims: str, sizes: dict[str, int], a: Array, rng: np.random.Generator) -> Array:
+    """Inputs of norm 1: random ones, then as many random mixtures of lora_a's columns, to which the adapter reacts most.
+
+    Args:
+        forward: What the model computes.
+        dims: The dims of its input.
+        sizes: The extents of the kernel's dims.
+        a: One layer of lora_a.
+        rng: Where they come from.
+
+    Returns:
+        float64, dims as in `dims`: a batch of one sequence of `INPUTS` positions.
+    """
     position = _position(dims)
     features = [dim for dim in dims if dim in sizes]
     half = INPUTS // 2
