@@ -136,8 +136,18 @@ def test_include_exclude_top_and_depth(tmp_path: Path) -> None:
     _, found = compared(tmp_path, a, b, "--include", "**/mlp/**", "--exclude", "*lora*/**", "--depth", "2")
     assert {leaf["path"].split("/")[-2] for leaf in found["leaves"]} == {"gating_einsum", "linear"}
     assert [row["prefix"] for row in found["prefixes"]] == ["PaliGemma/llm"]
+    assert [leaf["status"] for leaf in found["leaves"]] == ["changed", "changed"]
     shown = run("diff", tmp_path / "a", tmp_path / "b", "--top", "2").stdout
     assert f"and {len(a) - 2} more" in shown
+
+
+def test_what_differs_most_comes_first(tmp_path: Path) -> None:
+    a = build(PALIGEMMA, ACTION).leaves
+    b = {path: values * np.float32(1 + 0.01 * number) for number, (path, values) in enumerate(a.items())}
+    _, found = compared(tmp_path, a, b)
+    changes = [leaf["relative_l2"] for leaf in found["leaves"] if leaf["status"] == "changed"]
+    assert len(changes) == len(a) - 1
+    assert changes == sorted(changes, reverse=True) and changes[0] > changes[-1]
 
 
 def test_bad_usage_and_bad_inputs(tmp_path: Path) -> None:

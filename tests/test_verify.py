@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_merge_cli.dialects import openpi
 from lora_merge_cli.verification import CHECK_IDS
 from tests.checkpoints import save_step
 from tests.command import Outcome, run
@@ -195,6 +196,17 @@ def test_a_delta_that_was_rounded_away_warns_and_fails_when_strict(tmp_path: Pat
     assert checks_of(case.verify(merged, "--strict", "--min-gain", "-10"))["delta-survival"] == "pass"
 
 
+def test_a_wrong_merge_formula_is_caught_by_the_models_own_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The equation of the merge is wrong, so recomputing it agrees; what the layer runs does not."""
+    rule = openpi._ATTENTION["attn_vec_einsum"]
+    wrong = dataclasses.replace(rule, equation="nhr,nrd->nhd")
+    monkeypatch.setitem(openpi._ATTENTION, "attn_vec_einsum", wrong)  # type: ignore[arg-type]
+    outcome = case.verify(case.merge())
+    assert failed(outcome) == {"forward"}
+    where = next(check["where"] for check in outcome.json["checks"] if check["id"] == "forward")
+    assert all("attn_vec_einsum" in key for key in where)
+
+
 def test_missing_norm_stats_are_caught(case: Case) -> None:
     merged = case.merge()
     (merged / "assets" / "trossen" / "norm_stats.json").unlink()
@@ -210,6 +222,15 @@ def test_insane_norm_stats_are_caught_and_inherited_ones_warn(value: str, case: 
         file = step / "assets" / "trossen" / "norm_stats.json"
         file.write_text(file.read_text().replace('"std": [1.0', f'"std": [{value.replace("nan", "NaN")}'))
         assert checks_of(case.verify(merged))["assets"] == status
+
+
+def test_other_norm_stats_than_the_checkpoints_warn(case: Case) -> None:
+    merged = case.merge()
+    file = merged / "assets" / "trossen" / "norm_stats.json"
+    file.write_text(file.read_text().replace('"std": [1.0', '"std": [1.5'))
+    outcome = case.verify(merged)
+    assert (outcome.code, checks_of(outcome)["assets"]) == (0, "warn")
+    assert "not the checkpoint's" in message(outcome, "assets")
 
 
 @pytest.mark.parametrize("layout", [{}, {"ocdbt": False}, {"zarr3": True}])
