@@ -56,7 +56,7 @@ def _norm_stats_problems(file: Path, quantiles: bool) -> Iterator[str]:
     try:
         stats = json.loads(file.read_text())["norm_stats"]
         entries = list(stats.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield f"not normalisation statistics ({error!r})"
         return
     if not entries:

@@ -289,7 +289,7 @@ def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
     try:
         document = json.loads(checkpoint.provenance.read_text(), parse_constant=lambda _: None)
         older = tuple(entry for entry in document.pop("parents", ()) if isinstance(entry, dict))
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return ({"unreadable": str(checkpoint.provenance)},)
     return (document, *older)
 

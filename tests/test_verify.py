@@ -253,6 +253,46 @@ def test_a_result_that_cannot_be_opened_is_a_failed_check(name: str, case: Case)
     assert set(checks_of(outcome).values()) == {"fail", "skip"}
 
 
+def test_a_folder_without_a_checkpoint_is_a_failed_check(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert failed(case.verify(tmp_path / "empty")) == {"readable"}
+
+
+DEEP = "[" * 100_000
+HOSTILE_FILES = {
+    "provenance": (
+        "lora_merge.json",
+        [DEEP, "[1]", "\xff", '{"multiplier": 1' + "0" * 400 + ', "sources": [], "sites": []}'],
+    ),
+    "assets": ("assets/trossen/norm_stats.json", [DEEP, "[]", "\xff", '{"norm_stats": {"state": 3}}']),
+    "readable": ("params/_METADATA", [DEEP, "[]", "\xff"]),
+}
+
+
+@pytest.mark.parametrize("check", HOSTILE_FILES)
+def test_hostile_files_in_a_result_are_failed_checks(check: str, case: Case) -> None:
+    name, texts = HOSTILE_FILES[check]
+    merged = case.merge()
+    for text in texts:
+        (merged / name).write_bytes(text.encode("latin-1"))
+        assert failed(case.verify(merged)) == {check}, text[:20]
+
+
+def test_odd_leaves_are_compared_like_any_other(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    tree.plain(("odd", "step"), np.array(7, np.int32))
+    tree.plain(("odd", "mask"), np.array([True, False]))
+    tree.plain(("odd", "small"), np.arange(-3, 3, dtype=np.int8))
+    case = Case(tmp_path, tree)
+    assert failed(case.verify(case.merge())) == set()
+    leaves = merged_leaves(tree)
+    assert failed(case.verify(case.save(leaves))) == set()
+    leaves["odd", "mask"] = np.array([True, True])
+    assert failed(case.verify(case.save(leaves))) == {"untouched-bits"}
+    leaves["odd", "small"] = leaves["odd", "small"].astype(np.int32)
+    assert failed(case.verify(case.save(leaves))) == {"structure", "untouched-bits"}
+
+
 # Right merges.
 
 

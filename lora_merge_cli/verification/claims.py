@@ -34,9 +34,9 @@ class Claims:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The scale of each site, where it states one."""
+        """The scale of each site, where it states a finite one."""
         found = {name: _number(site.get("scale")) for name, site in self.sites.items()}
-        return {name: scale for name, scale in found.items() if scale is not None}
+        return {name: scale for name, scale in found.items() if math.isfinite(scale)}
 
 
 def read_claims(merged: Checkpoint) -> Claims | None:
@@ -50,9 +50,9 @@ def read_claims(merged: Checkpoint) -> Claims | None:
             multiplier=float(document["multiplier"]),
             base=sources["base"]["path"] if "base" in sources else None,
             fingerprint=sources["checkpoint"]["fingerprint"],
-            sites={site["target"]: site for site in document["sites"]},
+            sites={site["target"]: dict(site) for site in document["sites"]},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Claims(problem=f"{type(error).__name__}: {error}")
 
 
@@ -102,7 +102,7 @@ def _disagreements(
             continue
         scale = _number(record.get("scale"))
         value = site.parameters.scale.value or 0.0
-        if scale is None or not math.isclose(scale, value, rel_tol=1e-6):
+        if not math.isclose(scale, value, rel_tol=1e-6):
             yield f"says scale {record.get('scale')} at {site.name}, and this judges {value:g}"
         found = findings.sites.get(site.name)
         if found is not None and record.get("dtype") != found.dtype.name:
@@ -116,5 +116,9 @@ def _differences(words: str, names: Sequence[str] | set[str]) -> Iterator[str]:
         yield f"{words}: {first_names(sorted(names), 3)}"
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _number(value: Any) -> float:
+    """The value as a float; NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan

@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, detect_dialect
-from lora_merge_cli.errors import CorruptCheckpoint, UsageError
+from lora_merge_cli.errors import CorruptCheckpoint, UnknownFormat, UnsupportedCheckpoint, UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener
@@ -32,6 +33,9 @@ from lora_merge_cli.verification.claims import check_provenance, read_claims
 from lora_merge_cli.verification.examination import Examination, Findings, SiteFinding
 from lora_merge_cli.verification.expectation import ANY_DTYPE, Expectation, expect
 from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
+
+Damage: TypeAlias = CorruptCheckpoint | UnknownFormat | UnsupportedCheckpoint
+"""Why a result cannot be opened."""
 
 _ULPS: Mapping[str, float] = {"nearest": 0.5, "any": 1.0}
 
@@ -59,7 +63,7 @@ class Opened:
     """A request whose inputs are open."""
 
     request: VerifyRequest
-    merged: Checkpoint | CorruptCheckpoint
+    merged: Checkpoint | Damage
     """The result, or why it cannot be opened."""
     checkpoint: Checkpoint
     base: Checkpoint | None
@@ -103,16 +107,16 @@ def open_inputs(request: VerifyRequest) -> Opened:
     return Opened(request, open_result(request.merged), checkpoint, base)
 
 
-def open_result(path: Path) -> Checkpoint | CorruptCheckpoint:
+def open_result(path: Path) -> Checkpoint | Damage:
     """A result to judge, or why it cannot be opened.
 
     Raises:
-        InputError: The path leads nowhere, or to no checkpoint at all.
+        InputNotFound: The path leads nowhere.
     """
     try:
         merged = open_checkpoint(path)
         merged.source.index()
-    except CorruptCheckpoint as error:
+    except (CorruptCheckpoint, UnknownFormat, UnsupportedCheckpoint) as error:
         return error
     return merged
 
@@ -163,7 +167,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
 
 
 def judge(
-    merged: Checkpoint | CorruptCheckpoint,
+    merged: Checkpoint | Damage,
     checkpoint: Checkpoint,
     base: Checkpoint | None,
     options: MergeOptions,
@@ -200,7 +204,7 @@ def judge(
     return Verdict(found, _site_records(expectation, findings, dialect), _notes(expectation, findings, judging, base))
 
 
-def _unopened(error: CorruptCheckpoint) -> tuple[CheckRecord, ...]:
+def _unopened(error: Damage) -> tuple[CheckRecord, ...]:
     """The checks of a result that cannot be opened."""
     first = CheckRecord("readable", "fail", str(error), where=() if error.where is None else (error.where,))
     skipped = (CheckRecord(name, "skip", "the result cannot be opened") for name in CHECK_IDS[1:])
