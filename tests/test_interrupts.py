@@ -164,9 +164,9 @@ def test_start_up_imports_neither_numpy_nor_jax() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from lora_merge_cli._cli.app import app\n"
-        "for flags in (['--help'], ['merge', '--help'], ['inspect', '--help'], ['--version']):\n"
+        "for flags in (['--help'], ['merge', '--help'], ['verify', '--help'], ['diff', '--help'], ['--version']):\n"
         "    assert CliRunner().invoke(app, flags).exit_code == 0\n"
-        "heavy = {'jax', 'numpy', 'tensorstore', 'orbax'} & sys.modules.keys()\n"
+        "heavy = {'jax', 'numpy', 'tensorstore', 'orbax', 'plotly', 'jinja2'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -178,6 +178,20 @@ def test_inspect_imports_no_jax(step: Path) -> None:
         "from lora_merge_cli import InspectRequest, inspect\n"
         f"inspect(InspectRequest({str(step)!r}))\n"
         "assert not {'jax', 'orbax'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_judge_and_a_comparison_import_no_jax(step: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lora_merge_cli import DiffRequest, VerifyRequest, diff, verify\n"
+        "from lora_merge_cli import MergeOptions, ScaleOptions\n"
+        f"step = Path({str(step)!r})\n"
+        "verify(VerifyRequest(step, step, options=MergeOptions(ScaleOptions({'': 3.0}), dtype='any')))\n"
+        "diff(DiffRequest(step, step))\n"
+        "assert not {'jax', 'orbax', 'plotly', 'pydantic'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
