@@ -20,8 +20,9 @@ from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.recording import peak_rss, source_record, versions
-from lora_merge_cli.records import KeyPath, TensorSpec, display, full_region, glob_matches, region_shape
+from lora_merge_cli.records import KeyPath, TensorSpec, display, full_region, region_shape
 from lora_merge_cli.report import DifferenceRecord, DifferenceStatus, DiffReport, PrefixRecord
+from lora_merge_cli.selection import matches_any
 from lora_merge_cli.side_by_side import pieces, side_by_side
 from lora_merge_cli.survival import finite
 
@@ -133,12 +134,7 @@ def _chosen(pairs: Mapping[KeyPath, _Pair], request: DiffRequest) -> dict[KeyPat
     names = {name: {name, *(spec.path for spec in pair if spec is not None)} for name, pair in pairs.items()}
 
     def matches(name: KeyPath, patterns: Sequence[str]) -> bool:
-        return any(
-            glob_matches(path, spelled)
-            for pattern in patterns
-            for spelled in (pattern, f"**/{pattern}")
-            for path in names[name]
-        )
+        return matches_any(names[name], patterns)
 
     for flag, patterns in (("--include", request.include), ("--exclude", request.exclude)):
         for pattern in patterns:

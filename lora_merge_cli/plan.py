@@ -28,10 +28,9 @@ from lora_merge_cli.records import (
     KeyPath,
     ModelSummary,
     TensorSpec,
-    display,
     first_names,
-    glob_matches,
 )
+from lora_merge_cli.selection import excluded_factors, select_sites
 
 DTYPE_CHOICES = ("auto", "keep", "float32", "bfloat16", "float16")
 
@@ -129,7 +128,7 @@ def plan_merge(
     index = checkpoint.source.index()
     where = str(checkpoint.source.path)
     survey = dialect.survey(index, options.scales, where)
-    chosen, excluded = select_sites(dialect, survey.sites, options)
+    chosen, excluded = select_sites(dialect, survey.sites, options.include, options.exclude)
     if survey.problems:
         raise survey.problems[0]
     if not chosen:
@@ -196,42 +195,6 @@ def check_options(options: MergeOptions, dtypes: Sequence[str] = DTYPE_CHOICES) 
         raise UsageError("--scale must be a finite number", found=options.multiplier)
 
 
-def select_sites(
-    dialect: Dialect, sites: Sequence[AdapterSite], options: MergeOptions
-) -> tuple[tuple[AdapterSite, ...], tuple[AdapterSite, ...]]:
-    """The sites that `--include` and `--exclude` choose, and the others.
-
-    Raises:
-        UsageError: A glob matches no site.
-    """
-    names = {site.name: _names(dialect, site) for site in sites}
-    for flag, patterns in (("--include", options.include), ("--exclude", options.exclude)):
-        for pattern in patterns:
-            if sites and not any(_matches(found, (pattern,)) for found in names.values()):
-                raise UsageError(
-                    f"{flag} {pattern!r} matches no site",
-                    expected=f"a glob for names such as {display(names[sites[0].name][-1])}",
-                )
-
-    def wanted(site: AdapterSite) -> bool:
-        included = not options.include or _matches(names[site.name], options.include)
-        return included and not _matches(names[site.name], options.exclude)
-
-    return tuple(filter(wanted, sites)), tuple(site for site in sites if not wanted(site))
-
-
-def _names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:
-    """What a site may be called: its kernel's full path, that without what all paths share, and its label."""
-    return site.targets[0], dialect.canonical(site.targets[0]), (site.label,)
-
-
-def _matches(names: Sequence[KeyPath], patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches a name, or the end of one from some separator on."""
-    return any(
-        glob_matches(name, spelled) for pattern in patterns for spelled in (pattern, f"**/{pattern}") for name in names
-    )
-
-
 def nothing_to_merge(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
     """The refusal of a checkpoint without chosen sites, and why there are none."""
     where = checkpoint.source.path
@@ -249,11 +212,6 @@ def nothing_to_merge(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
         where=where,
         found=f"{len(index.tensors)} leaves, none with lora in its name",
     )
-
-
-def excluded_factors(excluded: Sequence[AdapterSite]) -> list[Dropped]:
-    """The factors of sites that are left out."""
-    return [Dropped(path, "left out by --include or --exclude") for site in excluded for path in site.factors.values()]
 
 
 def match_base(

@@ -20,9 +20,9 @@ from lora_merge_cli.plan import (
     check_options,
     match_base,
     nothing_to_merge,
-    select_sites,
 )
 from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec
+from lora_merge_cli.selection import select_sites
 
 ANY_DTYPE = "any"
 """The value of ``--dtype`` that takes the fused kernels as they are stored."""
@@ -80,7 +80,7 @@ def expect(
     index = checkpoint.source.index()
     where = str(checkpoint.source.path)
     survey = dialect.survey(index, options.scales, where)
-    chosen, excluded = select_sites(dialect, survey.sites, options)
+    chosen, excluded = select_sites(dialect, survey.sites, options.include, options.exclude)
     if survey.problems:
         raise survey.problems[0]
     if not chosen:
