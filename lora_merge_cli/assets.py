@@ -38,9 +38,7 @@ def check_assets(assets: Path | None, *, quantiles: bool = False) -> AssetCheck:
         return AssetCheck((), (), ("no assets folder: a server needs its normalisation statistics",))
     files = tuple(
         sorted(
-            Path(folder, name).relative_to(assets).as_posix()
-            for folder, _, names in os.walk(assets, followlinks=True)
-            for name in names
+            Path(folder, name).relative_to(assets).as_posix() for folder, _, names in _walk(assets) for name in names
         )
     )
     found = [name for name in files if Path(name).name == NORM_STATS]
@@ -50,6 +48,16 @@ def check_assets(assets: Path | None, *, quantiles: bool = False) -> AssetCheck:
         problems += [f"{assets / name}: {problem}" for problem in _norm_stats_problems(assets / name, quantiles)]
     ids = tuple(Path(name).parent.as_posix() for name in found)
     return AssetCheck(files, ids, tuple(problems))
+
+
+def _walk(assets: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Every folder once, through links too; a link to a folder that was seen leads nowhere new."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(assets, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if os.path.realpath(Path(folder, name)) not in seen]
+        seen.update(os.path.realpath(Path(folder, name)) for name in folders)
+        yield folder, folders, names
 
 
 def _norm_stats_problems(file: Path, quantiles: bool) -> Iterator[str]:

@@ -80,7 +80,8 @@ class Comparison:
     def cosine(self) -> float | None:
         """``<a, b> / (|a| |b|)``; None where that has no value."""
         norm = math.sqrt(self.a_sq) * math.sqrt(self.b_sq)
-        return min(1.0, max(-1.0, self.dot / norm)) if norm > 0 else None
+        cosine = self.dot / norm if norm > 0 else math.nan
+        return min(1.0, max(-1.0, cosine)) if math.isfinite(cosine) else None
 
 
 def compare_blocks(a: Array, b: Array, tolerance: Tolerance | None = None) -> Comparison:

@@ -15,7 +15,8 @@ from pathlib import Path
 from lora_merge_cli import __version__
 from lora_merge_cli.compare import Comparison, Tolerance, compare_blocks
 from lora_merge_cli.dialects import Dialect, detect_dialect
-from lora_merge_cli.errors import CorruptCheckpoint, UsageError
+from lora_merge_cli.dtypes import is_float
+from lora_merge_cli.errors import UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener, Silent
@@ -116,18 +117,16 @@ def _pairs(a: Checkpoint, b: Checkpoint) -> dict[KeyPath, _Pair]:
     """The leaves of both, by their path without what differs between the spellings of one model."""
     dialect = detect_dialect(a.source.index())
     named_a, named_b = (_by_name(checkpoint, dialect) for checkpoint in (a, b))
+    if named_a is None or named_b is None:
+        named_a, named_b = (dict(checkpoint.source.index().tensors) for checkpoint in (a, b))
     return {name: (named_a.get(name), named_b.get(name)) for name in {**named_a, **named_b}}
 
 
-def _by_name(checkpoint: Checkpoint, dialect: Dialect) -> dict[KeyPath, TensorSpec]:
-    named: dict[KeyPath, TensorSpec] = {}
-    for path, spec in checkpoint.source.index().tensors.items():
-        other = named.setdefault(dialect.canonical(path), spec)
-        if other is not spec:
-            raise CorruptCheckpoint(
-                "two leaves of one name", where=checkpoint.source.path, found=f"{other.name} and {spec.name}"
-            )
-    return named
+def _by_name(checkpoint: Checkpoint, dialect: Dialect) -> dict[KeyPath, TensorSpec] | None:
+    """None if two leaves differ in nothing but their spelling, so that only whole paths tell them apart."""
+    tensors = checkpoint.source.index().tensors
+    named = {dialect.canonical(path): spec for path, spec in tensors.items()}
+    return named if len(named) == len(tensors) else None
 
 
 def _chosen(pairs: Mapping[KeyPath, _Pair], request: DiffRequest) -> dict[KeyPath, _Pair]:
@@ -140,11 +139,14 @@ def _chosen(pairs: Mapping[KeyPath, _Pair], request: DiffRequest) -> dict[KeyPat
         for pattern in patterns:
             if not any(matches(name, (pattern,)) for name in pairs):
                 raise UsageError(f"{flag} {pattern!r} matches no leaf")
-    return {
+    chosen = {
         name: pair
         for name, pair in pairs.items()
         if (not request.include or matches(name, request.include)) and not matches(name, request.exclude)
     }
+    if not chosen:
+        raise UsageError("--include and --exclude leave no leaf to compare")
+    return chosen
 
 
 def _compare(
@@ -204,12 +206,12 @@ def _status(
         return "equal"
     if tolerance is not None and not found.beyond:
         return "within"
-    return "rounded" if found.rounded else "changed"
+    return "rounded" if found.rounded and is_float(a.dtype) and is_float(b.dtype) else "changed"
 
 
 def _importance(record: DifferenceRecord) -> tuple[int, float, str]:
     """What differs most comes first."""
-    change = math.inf if record.relative_l2 is None else record.relative_l2
+    change = math.inf if record.relative_l2 is None or record.non_finite else record.relative_l2
     return _STATUSES.index(record.status), -change, record.path
 
 
@@ -226,6 +228,6 @@ def _prefix(prefix: str, found: Sequence[tuple[DifferenceRecord, Comparison]], g
         leaves=len(found),
         changed=sum(record.status == "changed" for record, _ in found),
         differing=sum(record.status not in good for record, _ in found),
-        relative_l2=finite(math.sqrt(difference_sq / a_sq)) if a_sq > 0 else None,
+        relative_l2=finite(math.sqrt(difference_sq / a_sq)) if a_sq > 0 else (None if difference_sq else 0.0),
         max_abs=finite(max(comparison.max_abs for _, comparison in found)),
     )

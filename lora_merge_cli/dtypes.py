@@ -49,9 +49,9 @@ def ulp(values: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtype[Any]) -> 
 
 
 def holds_all_values_of(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
-    """Whether each value of a floating-point dtype is also one of another floating-point dtype."""
+    """Whether each value of a dtype is also one of another dtype of the same kind: both floating-point, or both integers."""
     if not (is_float(wide) and is_float(narrow)):
-        return wide == narrow
+        return wide == narrow or (wide.kind in "iu" and narrow.kind in "iu" and np.can_cast(narrow, wide, "safe"))
     w, n = _finfo(wide), _finfo(narrow)
     return bool(w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp <= n.minexp)
 

@@ -75,7 +75,9 @@ def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:
 def spectrum(equation: Equation, a: Array, b: Array, scale: float) -> tuple[float, ...]:
     """Singular values of the scaled delta, descending, as root mean squares over the batch dims."""
     values = delta_singular_values(equation, a, b)
-    return tuple(map(float, abs(scale) * np.sqrt(np.mean(np.square(values), axis=0))))
+    with np.errstate(over="ignore"):
+        scaled = abs(scale) * np.sqrt(np.mean(np.square(values), axis=0))
+    return tuple(map(float, np.minimum(scaled, np.finfo(np.float64).max)))
 
 
 def adapter_digest(factors: Mapping[str, tuple[TensorSpec, Array]]) -> str:

@@ -235,7 +235,7 @@ def _verified(
             dataclasses.replace(check, message=check.message.replace(str(stage), str(report.output)))
             for check in verdict.checks
         ),
-        notes=(*report.notes, *(note for note in verdict.notes if note not in report.notes)),
+        notes=(*report.notes, *verdict.sampled),
     )
 
 

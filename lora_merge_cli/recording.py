@@ -24,7 +24,7 @@ from lora_merge_cli.report import (
     SourceRecord,
     SurvivalRecord,
 )
-from lora_merge_cli.survival import Moments
+from lora_merge_cli.survival import Moments, finite
 
 _PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
@@ -75,12 +75,12 @@ def with_measurements(
     return dataclasses.replace(
         record,
         relative_norm=total.relative_norm,
-        max_abs=total.max_abs,
+        max_abs=finite(total.max_abs),
         spectrum=tuple(spectrum),
         adapter_digest=digest,
         survival=_survival(total, dtypes),
         layers=tuple(
-            LayerRecord(number, layer.relative_norm, layer.max_abs, _survival(layer, dtypes))
+            LayerRecord(number, layer.relative_norm, finite(layer.max_abs), _survival(layer, dtypes))
             for number, layer in layers.items()
         ),
     )

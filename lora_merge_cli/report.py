@@ -85,7 +85,7 @@ class LayerRecord(_Record):
     """Its number, from 0."""
     relative_norm: float | None
     """``|delta| / |kernel|``, Frobenius."""
-    max_abs: float
+    max_abs: float | None
     """The largest entry of the delta, absolute."""
     survival: tuple[SurvivalRecord, ...]
     """For the stored dtype, then for the serving one where it is another."""
@@ -239,7 +239,7 @@ class PrefixRecord(_Record):
     leaves: int
     """How many there are."""
     changed: int
-    """How many of them have other values, a rounding to another dtype aside."""
+    """How many of them are ``changed``."""
     differing: int
     """How many of them are neither equal nor within the tolerance."""
     relative_l2: float | None

@@ -150,11 +150,20 @@ def test_what_differs_most_comes_first(tmp_path: Path) -> None:
     assert changes == sorted(changes, reverse=True) and changes[0] > changes[-1]
 
 
+def test_leaves_that_are_no_longer_finite_come_first(tmp_path: Path) -> None:
+    a = build(PALIGEMMA, ACTION).leaves
+    b = {path: values * 2 for path, values in a.items()}
+    b[VISION] = np.full_like(a[VISION], np.nan)
+    _, found = compared(tmp_path, a, b)
+    assert found["leaves"][0]["path"] == NAME
+
+
 def test_bad_usage_and_bad_inputs(tmp_path: Path) -> None:
     step = save_step(tmp_path / "a" / "1", nest(build(PALIGEMMA).leaves))
     assert run("diff", step, step, "--rtol", "-1").code == 2
     assert run("diff", step, step, "--include", "nothing").code == 2
     assert run("diff", step, step, "--top", "0").code == 2
+    assert run("diff", step, step, "--exclude", "**").code == 2
     assert run("diff", step, tmp_path / "nowhere").code == 3
     largest = max((step / "params").rglob("*"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from lora_merge_cli.dialects import openpi
 from lora_merge_cli.verification import CHECK_IDS
 from tests.checkpoints import save_step
 from tests.command import run
-from tests.judged import GATING, LAYERS, LINEAR, OUT, VISION, Case, Q, checks_of, failed, merged_leaves, message
+from tests.judged import ALPHAS, GATING, LAYERS, LINEAR, OUT, VISION, Case, Q, checks_of, failed, merged_leaves, message
 from tests.test_golden import CASES as GOLDEN_CASES
 from tests.trees import ACTION, BFLOAT16, PALIGEMMA, Flat, Tree, as_base, build, nest
 
@@ -235,8 +236,84 @@ def test_odd_leaves_are_compared_like_any_other(tmp_path: Path) -> None:
     assert failed(case.verify(case.save(leaves))) == set()
     leaves["odd", "mask"] = np.array([True, True])
     assert failed(case.verify(case.save(leaves))) == {"untouched-bits"}
+    leaves["odd", "mask"] = tree.leaves["odd", "mask"]
     leaves["odd", "small"] = leaves["odd", "small"].astype(np.int32)
-    assert failed(case.verify(case.save(leaves))) == {"structure", "untouched-bits"}
+    widened = case.verify(case.save(leaves))
+    assert failed(widened) == set() and checks_of(widened)["structure"] == "warn"
+
+
+def test_a_scale_beyond_any_range_is_no_excuse(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    rng = np.random.default_rng(3)
+    for path in case.tree.changed:
+        leaves[path] = rng.standard_normal(leaves[path].shape).astype(np.float32)
+    merged = case.save(leaves)
+    for scale in ("1e60", "1e308"):
+        assert {"fused-exact", "forward"} <= failed(case.verify(merged, "--scale", scale))
+
+
+def test_inf_that_a_cast_made_is_not_inherited(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    values = tree.leaves[VISION].copy()
+    values[0, 0, 0] = 70000
+    tree.plain(VISION, values)
+    case = Case(tmp_path, tree)
+    leaves = merged_leaves(tree)
+    with np.errstate(over="ignore"):
+        leaves = {p: v if p in tree.changed else v.astype(np.float16) for p, v in leaves.items()}
+    assert failed(case.verify(case.save(leaves), "--dtype-untouched", "float16")) == {"finite"}
+
+
+def test_norm_stats_that_were_lost_fail(case: Case) -> None:
+    other = case.step / "assets" / "droid" / "norm_stats.json"
+    other.parent.mkdir()
+    shutil.copy(case.step / "assets" / "trossen" / "norm_stats.json", other)
+    merged = case.merge()
+    assert failed(case.verify(merged)) == set()
+    shutil.rmtree(merged / "assets" / "droid")
+    outcome = case.verify(merged)
+    assert failed(outcome) == {"assets"} and "droid" in message(outcome, "assets")
+
+
+def test_a_widened_leaf_keeps_its_signs(case: Case) -> None:
+    frozen = (*LAYERS, "pre_ffw_norm", "scale")
+    case.tree.leaves[frozen].reshape(-1)[0] = -0.0
+    case = Case(case.folder / "signs", case.tree)
+    leaves = merged_leaves(case.tree)
+    leaves[frozen] = leaves[frozen].astype(np.float32)
+    assert failed(case.verify(case.save(leaves))) == set()
+    leaves[frozen] = leaves[frozen] + np.float32(0)
+    assert failed(case.verify(case.save(leaves))) == {"untouched-bits"}
+
+
+def test_float8_is_too_coarse_for_a_fused_kernel(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    leaves[Q] = leaves[Q].astype(ml_dtypes.float8_e4m3fn)
+    outcome = case.verify(case.save(leaves))
+    assert failed(outcome) == {"structure"} and "too coarse" in message(outcome, "structure")
+
+
+def test_what_the_checkpoint_was_already_only_warns(tmp_path: Path) -> None:
+    tree = build(PALIGEMMA, ACTION)
+    step = save_step(tmp_path / "in" / "7", nest(tree.leaves, root=()))
+    merged = save_step(tmp_path / "out" / "7", nest(merged_leaves(tree), root=()))
+    outcome = run("verify", merged, "--against", step, *ALPHAS, "--json")
+    assert failed(outcome) == set()
+    assert checks_of(outcome)["structure"] == "warn" and "root key" in message(outcome, "structure")
+
+
+def test_folders_of_assets_that_link_to_themselves_end(case: Case) -> None:
+    merged = case.merge()
+    for name in ("one", "two"):
+        (merged / "assets" / name).symlink_to(".")
+    assert failed(case.verify(merged)) == set()
+
+
+def test_a_sample_says_so_wherever_it_matters(tmp_path: Path) -> None:
+    case = Case(tmp_path, build(PALIGEMMA, ACTION, layers=5))
+    outcome = case.verify(case.merge(), "--sample", "2")
+    for check in ("finite", "fused-exact", "forward", "delta-survival"):
+        assert "at most 2 layers" in message(outcome, check)
 
 
 # Right merges.

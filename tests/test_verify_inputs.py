@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def test_a_merge_with_base_passes_with_it_and_says_so_without(case: Case, base: 
     without = case.verify(merged)
     assert {"fused-exact", "provenance"} <= failed(without)
     assert "--base" in message(without, "provenance")
-    assert "pass the --base" in message(without, "fused-exact")
+    assert "made with --base" in message(without, "fused-exact")
     assert {"fused-exact", "provenance"} <= failed(case.verify(case.merge(), "--base", base))
 
 
@@ -168,6 +170,39 @@ def test_a_merge_that_fails_its_verification_never_appears(
     assert not output.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "report.json"]
     assert json.loads(report.read_text())["status"] == "rejected"
+
+
+@pytest.mark.parametrize("flags", [("--sample", "0"), ("--sample", "-1"), ("--min-gain", "nan")])
+def test_judging_that_makes_no_sense_is_refused_before_the_merge(flags: tuple[str, ...], case: Case) -> None:
+    assert run("merge", case.step, "-o", case.folder / "out", *ALPHAS, "--verify", *flags).code == 2
+    assert not (case.folder / "out").exists()
+
+
+def test_a_report_may_not_replace_a_part_of_the_output(case: Case) -> None:
+    output = case.folder / "out"
+    for part in ("lora_merge.json", "assets/trossen/norm_stats.json"):
+        assert run("merge", case.step, "-o", output, *ALPHAS, "--verify", "--report", output / part).code == 2
+        assert not output.exists()
+
+
+def test_a_reader_that_goes_away_changes_no_verdict(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    leaves[Q] = leaves[Q] + np.float32(1)
+    wrong, right = case.save(leaves), case.save(merged_leaves(case.tree))
+    program = f"{sys.executable} -m lora_merge_cli"
+    for merged, code in ((wrong, "1"), (right, "0")):
+        for style in ("--json", ""):
+            command = f"{program} verify {merged} --against {case.step} {' '.join(ALPHAS)} {style} | true; echo ${{PIPESTATUS[0]}}"
+            found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+            assert (found.stdout.strip(), found.stderr) == (code, "")
+
+
+def test_a_report_that_cannot_be_written_hides_no_verdict(case: Case) -> None:
+    leaves = merged_leaves(case.tree)
+    leaves[Q] = leaves[Q] + np.float32(1)
+    outcome = case.verify(case.save(leaves), "--report", "/proc/nowhere/x.html")
+    assert outcome.code == 6
+    assert outcome.json["status"] == "failed"
 
 
 def test_strict_needs_verify(case: Case) -> None:

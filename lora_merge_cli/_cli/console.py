@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from lora_merge_cli.reports.escaping import visible
 
 if TYPE_CHECKING:
     from lora_merge_cli.inspection import SiteRow
@@ -20,9 +24,20 @@ _MANY = 12
 _NAME_WIDTH = 28
 
 
+class _Console(Console):
+    """A console that leaves it to the command what a reader means that went away."""
+
+    def on_broken_pipe(self) -> None:
+        """See `rich.console.Console.on_broken_pipe`."""
+        raise BrokenPipeError
+
+
 def stdout_console() -> Console:
     """The console of results."""
-    console = Console(highlight=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = _Console(highlight=False)
     if not console.is_terminal:
         console.width = _OFF_TERMINAL_WIDTH
     return console
@@ -90,6 +105,6 @@ def starred(site: SiteRow | SiteRecord) -> str:
 def print_lines(console: Console, word: str, lines: Sequence[str], style: str) -> None:
     """Lines after a word in a style; not all where there are many."""
     for line in lines[:_MANY]:
-        console.print(f"[{style}]{word}:[/{style}] {escape(line)}", overflow="fold")
+        console.print(f"[{style}]{word}:[/{style}] {escape(visible(line))}", overflow="fold")
     if len(lines) > _MANY:
         console.print(f"[{style}]{word}:[/{style}] and {len(lines) - _MANY} more")

@@ -58,8 +58,7 @@ def diff(
         with out.reports:
             with out.progress("comparing") as listener:
                 done = run(request, listener)
-            out.reports.write(done)
-            out.finish(done)
+            out.deliver(done)
         raise typer.Exit(0 if done.status == "equal" else 1)
 
 

@@ -89,7 +89,7 @@ def merge(
                     with out.progress("merging") as listener:
                         done = run(prepared, listener, out.reports.write)
                 except VerificationFailed as failure:
-                    out.reports.write_outside(failure.report)
-                    out.finish(failure.report)
+                    out.reports.leave_out_target()
+                    out.deliver(failure.report)
                     raise
             out.finish(done)

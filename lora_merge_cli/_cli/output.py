@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_merge_cli.errors import LoraMergeError
 from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
 from lora_merge_cli.reports import AnyReport, ReportFiles, check_report_paths
 from lora_merge_cli.reports.github import append_step_summary, check_step_summary
@@ -67,10 +70,28 @@ class Output:
         self.reports.publish()
         if self._github:
             append_step_summary(report)
-        if self._as_json:
-            print_json(report.to_dict())
-        elif not self._quiet:
-            _print(report)
+        self.show(report)
+
+    def deliver(self, report: AnyReport) -> None:
+        """Write the reports and print the result, which is said even if a report cannot be written."""
+        try:
+            self.reports.write(report)
+        except LoraMergeError:
+            self.show(report)
+            raise
+        self.finish(report)
+
+    def show(self, report: AnyReport) -> None:
+        """Print the result. A reader that went away changes no exit code: that is the verdict."""
+        try:
+            if self._as_json:
+                print_json(report.to_dict())
+            elif not self._quiet:
+                _print(report)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What is still buffered would fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(report: AnyReport) -> None:

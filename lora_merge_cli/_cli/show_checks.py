@@ -12,6 +12,7 @@ from rich.text import Text
 from lora_merge_cli._cli.console import plain_table, print_lines, stdout_console
 from lora_merge_cli._cli.heatmap import print_heatmaps
 from lora_merge_cli.report import CheckRecord, CheckStatus, VerifyReport
+from lora_merge_cli.reports.escaping import visible
 from lora_merge_cli.reports.words import byte_size
 
 _STYLES = {"pass": "green", "warn": "bold yellow", "fail": "bold red", "skip": "dim"}
@@ -38,11 +39,11 @@ def print_checks(console: Console, checks: Sequence[CheckRecord]) -> None:
     """One line for each check, and the first keys of those that fail."""
     rows = plain_table("check", "", "")
     for check in checks:
-        message = Text(check.message)
+        message = Text(visible(check.message))
         if check.status == "fail" and check.where:
             shown = check.where[:_KEYS]
             more = len(check.where) - len(shown)
-            message.append("".join(f"\n  {key}" for key in shown) + (f"\n  and {more} more" if more else ""))
+            message.append("".join(f"\n  {visible(key)}" for key in shown) + (f"\n  and {more} more" if more else ""))
         style = "dim" if check.status == "skip" else ""
         rows.add_row(
             Text(check.id, style), Text(check.status, _STYLES[check.status]), Text.assemble((message.plain, style))

@@ -69,6 +69,5 @@ def verify(
         with out.reports:
             with out.progress("verifying") as listener:
                 done = run(opened, listener)
-            out.reports.write(done)
-            out.finish(done)
+            out.deliver(done)
         raise typer.Exit(1 if done.failed else 0)

@@ -315,6 +315,8 @@ def _site(
                 f"{name} {shape}" for name, shape in zip(("lora_a", "lora_b", "kernel"), shapes, strict=True)
             ),
         )
+    if 0 in sizes.values():
+        return ShapeMismatch("an adapter without entries", where=f"{where} :: {display(target)}", found=shapes[2])
     rank = sizes[equation.rank]
     return AdapterSite(
         targets=(target,),

@@ -200,5 +200,5 @@ def _load_json(file: Path) -> Any:
         raise CorruptCheckpoint("a metadata file is missing", where=file) from error
     except OSError as error:
         raise NotPermitted("a metadata file cannot be read", where=file, found=error.strerror) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint("a metadata file is not JSON", where=file, found=error) from error

@@ -96,7 +96,7 @@ class OrbaxSource:
             for name in sorted(files):
                 file = Path(folder, name)
                 relative = file.relative_to(self._path).as_posix()
-                digest.update(f"{relative}\0{file.stat().st_size}\0".encode())
+                digest.update(f"{relative}\0{file.lstat().st_size}\0".encode())
                 if name in (TREE_FILE, MANIFEST):
                     digest.update(file.read_bytes())
         return f"sha256:{digest.hexdigest()}"

@@ -61,7 +61,7 @@ class ReportFiles:
 
     def __init__(self, paths: Sequence[Path], output: Path | None = None) -> None:
         self._output = output
-        self._paths = [anchored(path) for path in paths]
+        self._paths = list(dict.fromkeys(anchored(path) for path in paths))
         self._waiting: list[tuple[Path, Path]] = []
 
     def write(self, report: AnyReport, stage: Path | None = None) -> None:
@@ -74,17 +74,18 @@ class ReportFiles:
             with filesystem(path):
                 if stage is not None and self._output is not None and path.is_relative_to(self._output):
                     place = stage / path.relative_to(self._output)
+                    if place.exists():
+                        raise UsageError("--report would replace a part of the output", where=path)
                 else:
                     place = path.with_name(f".{path.name}.part")
                     self._waiting.append((place, path))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_text(render(report, path.suffix), encoding="utf-8")
 
-    def write_outside(self, report: AnyReport) -> None:
-        """Write the reports that do not lie in the output, which will not appear."""
+    def leave_out_target(self) -> None:
+        """Forget the reports that lie in the output, which will not appear."""
         if self._output is not None:
             self._paths = [path for path in self._paths if not path.is_relative_to(self._output)]
-        self.write(report)
 
     def publish(self) -> None:
         """Put the written reports in place."""

@@ -7,9 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lora_merge_cli.assets import NORM_STATS, check_assets
+from lora_merge_cli.compare import Comparison
+from lora_merge_cli.errors import UsageError
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.records import ModelSummary
 from lora_merge_cli.report import CheckRecord
@@ -49,6 +51,17 @@ class Judging:
     rounding: Literal["nearest", "any"] = "nearest"
     """How the kernels were rounded to their stored dtype: to nearest, or to either neighbour."""
 
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: The sample is below 1, or the least gain no finite number.
+        """
+        if self.sample is not None and self.sample < 1:
+            raise UsageError("--sample must be at least 1", found=self.sample)
+        if not math.isfinite(self.min_gain):
+            raise UsageError("--min-gain must be a finite number", found=self.min_gain)
+
 
 def readable(findings: Findings) -> CheckRecord:
     """Every leaf of the result decodes."""
@@ -64,8 +77,9 @@ def structure(findings: Findings) -> CheckRecord:
     wrong = [*_listed("missing", findings.missing), *_listed("not in the checkpoint", findings.unexpected)]
     wrong += [f"{name} is of shape {words}" for name, words in findings.reshaped.items()]
     wrong += [f"{name} is {words}" for name, words in findings.recast.items()]
+    doubts: list[str] = []
     if findings.unservable:
-        wrong.append(findings.unservable)
+        (doubts if findings.unservable_before else wrong).append(findings.unservable)
     figures = {
         "missing": len(findings.missing),
         "unexpected": len(findings.unexpected),
@@ -78,8 +92,14 @@ def structure(findings: Findings) -> CheckRecord:
         return CheckRecord("structure", "fail", "; ".join(wrong[:3]), figures, tuple(names[:_MANY]))
     if findings.widened:
         words = next(iter(findings.widened.values()))
-        message = f"{len(findings.widened)} untouched leaves are stored wider than they need be, the first as {words}"
-        return CheckRecord("structure", "warn", message, figures, tuple(findings.widened)[:_MANY])
+        doubts.append(
+            f"{len(findings.widened)} untouched leaves are stored wider than they need be, the first as {words}"
+        )
+    if findings.constants:
+        doubts.append(f"{len(findings.constants)} parts that are no arrays are not the checkpoint's")
+    if doubts:
+        names = [*findings.widened, *findings.constants]
+        return CheckRecord("structure", "warn", "; ".join(doubts), figures, tuple(names[:_MANY]))
     return CheckRecord(
         "structure", "pass", "exactly the leaves that should be there, in their shapes and dtypes", figures
     )
@@ -94,7 +114,7 @@ def adapters_stripped(findings: Findings) -> CheckRecord:
     return CheckRecord("adapters-stripped", "pass", "no adapter key is left")
 
 
-def finite(findings: Findings) -> CheckRecord:
+def finite(findings: Findings, judging: Judging) -> CheckRecord:
     """No NaN and no Inf, but for those that an untouched leaf had before."""
     for status, found, words in (
         ("fail", findings.not_finite, "are NaN or Inf"),
@@ -109,7 +129,7 @@ def finite(findings: Findings) -> CheckRecord:
                 {"entries": count},
                 tuple(found)[:_MANY],
             )
-    return CheckRecord("finite", "pass", "no NaN and no Inf")
+    return CheckRecord("finite", "pass", f"no NaN and no Inf{_sampled(judging)}")
 
 
 def untouched_bits(findings: Findings) -> CheckRecord:
@@ -117,7 +137,8 @@ def untouched_bits(findings: Findings) -> CheckRecord:
     altered = findings.altered
     figures = {"leaves": findings.untouched, "altered": len(altered)}
     if altered:
-        worst = max(altered, key=lambda name: altered[name].relative_l2 or 0.0)
+        ordered = sorted(altered, key=lambda name: -_change(altered[name]))
+        worst = ordered[0]
         change = altered[worst]
         how = "rounded" if all(found.rounded for found in altered.values()) else "altered"
         relative = "" if change.relative_l2 is None else f", |change|/|leaf| {change.relative_l2:.2g}"
@@ -125,16 +146,21 @@ def untouched_bits(findings: Findings) -> CheckRecord:
             f"{len(altered)} of {findings.untouched} leaves that no adapter touches are {how}; the most: {worst} "
             f"({change.changed} of {change.entries} entries{relative})"
         )
-        return CheckRecord("untouched-bits", "fail", message, figures, tuple(altered)[:_MANY])
+        return CheckRecord("untouched-bits", "fail", message, figures, tuple(ordered[:_MANY]))
     message = f"{findings.untouched} leaves that no adapter touches are the checkpoint's, bit for bit"
     return CheckRecord("untouched-bits", "pass", message, figures)
+
+
+def _change(found: Comparison) -> float:
+    """How much a leaf changed; the most where it was zero, or is no longer finite."""
+    return math.inf if found.relative_l2 is None or found.non_finite else found.relative_l2
 
 
 def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> CheckRecord:
     """Every entry of every kernel is the sum that the adapter makes, up to the rounding of a right float32 merge."""
     layers = _layers(findings)
     shares = {where: verdict.worst_share for where, (_, _, verdict) in layers.items()}
-    wrong = {where: found for where, found in layers.items() if not found[2].worst_share <= 1}
+    wrong = {where: found for where, found in layers.items() if found[2].beyond or not found[2].worst_share <= 1}
     if not layers:
         return CheckRecord("fused-exact", "skip", "no kernel could be compared")
     worst = max(shares, key=lambda where: shares[where])
@@ -152,12 +178,22 @@ def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> Chec
     kernels = len({site for site, _, _ in wrong.values()})
     reasons = list(dict.fromkeys(_reason(findings.sites[site], layer) for site, layer, _ in wrong.values()))
     message = f"{kernels} of {len(findings.sites)} kernels are not what their adapters make: {'; '.join(reasons[:3])}"
-    if not has_base and all(not verdict.off_the_rounding for _, _, verdict in wrong.values()):
-        message += "; as if the delta were added to unrounded kernels: pass the --base that it was made with"
-    elif judging.rounding == "nearest" and 1 < shares[worst] <= 2:
+    if not has_base and all(_looks_unrounded(verdict) for _, _, verdict in wrong.values()):
+        message += "; as if the delta were added to unrounded kernels: if it was made with --base, pass that here too"
+    elif judging.rounding == "nearest" and 1 < shares[worst] <= 2 and _all_narrow(findings, wrong.values()):
         message += "; within one ulp: pass --rounding any if it was not rounded to nearest"
     ordered = sorted(wrong, key=lambda where: -shares[where])
     return CheckRecord("fused-exact", "fail", message + sampled, figures, tuple(ordered[:_MANY]))
+
+
+def _looks_unrounded(verdict: LayerVerdict) -> bool:
+    """Whether most entries are off, and none by more than the rounding of the kernel in the checkpoint."""
+    return not verdict.off_the_rounding and 2 * verdict.beyond > verdict.moments.entries
+
+
+def _all_narrow(findings: Findings, wrong: Iterable[tuple[str, int, LayerVerdict]]) -> bool:
+    """Whether rounding, and not arithmetic, is what the bounds are made of."""
+    return all(findings.sites[site].dtype.itemsize < 4 for site, _, _ in wrong)
 
 
 def forward(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRecord:
@@ -172,9 +208,9 @@ def forward(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRe
     wrong = sorted((where for where, found in errors.items() if not found.share <= 1), key=lambda w: -errors[w].share)
     share = max(found.share for found in errors.values())
     figures = {
-        "error": measured.get(worst),
+        "error": None if worst not in measured or math.isinf(measured[worst]) else measured[worst],
         "worst_share": share if math.isfinite(share) else None,
-        f"error_in_{serving_dtype}": max(served.values(), default=None),
+        f"error_in_{serving_dtype}": max(filter(math.isfinite, served.values()), default=None),
     }
     sampled = _sampled(judging)
     words = f"off by up to {measured.get(worst, 0.0):.2g} of what the adapter adds"
@@ -185,7 +221,7 @@ def forward(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRe
     if lost:
         message = (
             f"acts as kernel and adapter do ({words}), but served in {serving_dtype} {len(lost)} of {len(layers)} layers are "
-            f"further from it than without the adapter: serve in float32{sampled}"
+            f"further from it than without the adapter: store and serve float32{sampled}"
         )
         return CheckRecord("forward", "warn", message, figures, tuple(lost[:_MANY]))
     return CheckRecord("forward", "pass", f"acts as kernel and adapter do, {words}{sampled}", figures, (worst,))
@@ -215,9 +251,11 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         lost = sorted((name for name, gain in gains.items() if gain < judging.min_gain), key=lambda name: gains[name])
         if lost:
             dtypes = sorted({findings.sites[name].dtype.name for name in lost}) if role == "stored" else [serving_dtype]
+            stored_wide = role == "stored" and "float32" in dtypes
             low.append(
                 f"{role} as {' and '.join(dtypes)}, {len(lost)} of {len(gains)} deltas keep less than {judging.min_gain:g} "
-                f"along the adapter's inputs (least {gains[lost[0]]:.3f}): {advice}"
+                f"along the adapter's inputs (least {gains[lost[0]]:.3f}): "
+                f"{'the result is not what the adapter makes of the kernel' if stored_wide else advice}"
             )
             names += [name for name in lost if name not in names]
     zero = [name for name, found in findings.sites.items() if found.total.max_abs == 0]
@@ -242,7 +280,7 @@ def _layer_gains(findings: Findings, names: Iterable[str], role: str, serving_dt
                 yield survival.gain_along_inputs
 
 
-def base(findings: Findings, *, given: bool) -> CheckRecord:
+def base(findings: Findings, judging: Judging, *, given: bool) -> CheckRecord:
     """The leaves that the fine-tune froze are the base's, rounded, bit for bit."""
     if not given:
         return CheckRecord("base", "skip", "no --base")
@@ -253,7 +291,7 @@ def base(findings: Findings, *, given: bool) -> CheckRecord:
             "it is not what the fine-tune started from"
         )
         return CheckRecord("base", "fail", message, figures, tuple(findings.not_frozen[:_MANY]))
-    message = f"{findings.frozen} frozen leaves are the base's, rounded to their dtype, bit for bit"
+    message = f"{findings.frozen} frozen leaves are the base's, rounded to their dtype, bit for bit{_sampled(judging)}"
     return CheckRecord("base", "pass", message, figures)
 
 
@@ -270,7 +308,10 @@ def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) ->
         return CheckRecord("assets", "fail", "; ".join(new[:3]), figures)
     if after.problems:
         return CheckRecord("assets", "warn", f"as in the checkpoint: {'; '.join(after.problems[:3])}", figures)
-    changed = list(_changed_norm_stats(merged.assets, checkpoint.assets))
+    lost, changed = _compare_norm_stats(merged.assets, checkpoint.assets)
+    if lost:
+        message = f"norm stats of the checkpoint are missing: {', '.join(lost[:3])}"
+        return CheckRecord("assets", "fail", message, figures, tuple(lost[:_MANY]))
     if changed:
         message = "norm stats are sane and not the checkpoint's: actions are scaled in another way"
         return CheckRecord("assets", "warn", message, figures, tuple(changed[:_MANY]))
@@ -281,15 +322,30 @@ def _without_folder(problem: str, folder: Path | None) -> str:
     return problem if folder is None else problem.replace(str(folder), "assets")
 
 
-def _changed_norm_stats(after: Path | None, before: Path | None) -> Iterator[str]:
+def _compare_norm_stats(after: Path | None, before: Path | None) -> tuple[list[str], list[str]]:
+    """The norm stats of the checkpoint that the result lacks, by file and series, and the files that say something else."""
+    lost: list[str] = []
+    changed: list[str] = []
     if after is None or before is None:
-        return
+        return lost, changed
     for file in sorted(before.rglob(NORM_STATS)):
         name = file.relative_to(before)
         if not (after / name).is_file():
-            yield f"{name} is missing"
-        elif json.loads((after / name).read_text()) != json.loads(file.read_text()):
-            yield str(name)
+            lost.append(str(name))
+            continue
+        old, new = _norm_stats(file), _norm_stats(after / name)
+        lost += [f"{name}: {series}" for series in old if series not in new]
+        if old != new:
+            changed.append(str(name))
+    return lost, changed
+
+
+def _norm_stats(file: Path) -> dict[str, Any]:
+    """The series of a file; none if it is no such file, which is another check's to say."""
+    try:
+        return dict(json.loads(file.read_text())["norm_stats"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _layers(findings: Findings) -> dict[str, tuple[str, int, LayerVerdict]]:
@@ -322,7 +378,7 @@ def _reason(found: SiteFinding, layer: int) -> str:
         return "the adapter is missing"
     if survival.cosine is not None and survival.cosine > _SAME_DIRECTION:
         if round(survival.gain, 2) == 1:
-            return "the adapter is there, with errors that no rounding explains"
+            return "the adapter is there, and the rest is off"
         twice = " (merged twice?)" if round(survival.gain, 2) == 2 else " (another scale?)"
         return f"the adapter is there {survival.gain:.2f} times{twice}"
     return "another delta (a wrong equation, layer, adapter or orientation?)"

@@ -45,6 +45,11 @@ def read_claims(merged: Checkpoint) -> Claims | None:
         return None
     try:
         document = json.loads(merged.provenance.read_text())
+        targets = [site["target"] for site in document["sites"]]
+        if len(set(targets)) < len(targets) or not all(isinstance(target, str) for target in targets):
+            return Claims(problem="its sites are not named once each")
+        if not math.isfinite(_number(document["multiplier"])):
+            return Claims(problem="its multiplier is no number")
         sources = {source["role"]: source for source in document["sources"]}
         return Claims(
             multiplier=float(document["multiplier"]),

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from lora_merge_cli.compare import Comparison, compare_blocks, equals_rounded
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
-from lora_merge_cli.dtypes import holds_all_values_of, is_float
+from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener, Silent
@@ -38,6 +38,7 @@ from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 
 _WHOLE_ROWS = 2**18
+_FUSED = tuple(map(dtype_named, ("float32", "bfloat16", "float16", "float64")))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,12 @@ class Findings:
     """Untouched leaves of a wider dtype, with both dtypes in words."""
     recast: dict[str, str] = field(default_factory=dict)
     """Leaves of a dtype that they should not have, with both in words."""
+    constants: list[str] = field(default_factory=list)
+    """Parts that are no arrays, and not the checkpoint's."""
     unservable: str | None = None
     """Why the trainer's loader would not find the arrays."""
+    unservable_before: bool = False
+    """Whether it would not find the checkpoint's either."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Leaves of the result that cannot be read, and why."""
     altered: dict[str, Comparison] = field(default_factory=dict)
@@ -167,14 +172,28 @@ class Examination:
                 findings.reshaped[leaf.source.name] = f"{present[name].shape}, not {leaf.source.shape}"
             elif self._fits(leaf, present[name]):
                 pairs[name] = leaf, present[name]
+        before = self._checkpoint.source.index()
         findings.unservable = self._dialect.unservable(index)
+        findings.unservable_before = self._dialect.unservable(before) is not None
+        one, other = (self._constants(tree) for tree in (before, index))
+        findings.constants = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return pairs
+
+    def _constants(self, index: Index) -> dict[str, tuple[str, str | None]]:
+        return {
+            display(self._dialect.canonical(part.path)): (part.kind, part.value)
+            for part in index.constants
+            if not looks_like_adapter(part.path)
+        }
 
     def _fits(self, leaf: ExpectedLeaf, spec: TensorSpec) -> bool:
         """Note a wrong dtype, and say whether the values can be compared all the same."""
         stored = spec.dtype
         if leaf.site is not None and not is_float(stored):
             self.findings.recast[spec.name] = f"{stored.name}, no floating-point dtype"
+            return False
+        if leaf.dtype is None and stored not in (*_FUSED, leaf.source.dtype):
+            self.findings.recast[spec.name] = f"{stored.name}, too coarse for a fused kernel"
             return False
         if leaf.dtype is None or stored == leaf.dtype:
             return True
@@ -197,23 +216,28 @@ class Examination:
             leaves.append((self._base.source, leaf.base))
         total = Comparison()
 
-        def compare(piece: tuple[Array, Array]) -> Comparison:
-            with np.errstate(over="ignore"):
-                return compare_blocks(piece[0].astype(wanted, copy=False), piece[1])
+        def compare(piece: tuple[Array, Array]) -> tuple[Comparison, bool]:
+            with np.errstate(all="ignore"):
+                found = compare_blocks(piece[0].astype(wanted, copy=False), piece[1])
+                overflows = (
+                    bool(found.non_finite_b) and wanted != leaf.source.dtype and bool(np.isfinite(piece[0]).all())
+                )
+            return found, overflows
 
-        frozen = True
+        frozen, overflows = True, False
         for region, (before, *others) in side_by_side(leaves):
             after = before if alike else others.pop(0)
-            for part in pool.map(compare, _pieces(region, before, after)):
+            for part, overflow in pool.map(compare, _pieces(region, before, after)):
                 total.merge(part)
+                overflows = overflows or overflow
             frozen = frozen and all(equals_rounded(before, base) for base in others)
             self._listener.advance(spec.name, after.nbytes)
         self.findings.untouched += 1
         self._note_frozen(leaf, frozen)
-        if total.changed:
+        if total.changed or not total.rounded:
             self.findings.altered[spec.name] = total
         if total.non_finite_b:
-            noted = self.findings.not_finite if total.non_finite else self.findings.not_finite_before
+            noted = self.findings.not_finite if total.non_finite or overflows else self.findings.not_finite_before
             noted[spec.name] = total.non_finite_b
 
     def _stored_alike(self, before: TensorSpec, after: TensorSpec) -> bool:

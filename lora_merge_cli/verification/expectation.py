@@ -21,7 +21,7 @@ from lora_merge_cli.plan import (
     match_base,
     nothing_to_merge,
 )
-from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec
+from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec, display
 from lora_merge_cli.selection import select_sites
 
 ANY_DTYPE = "any"
@@ -96,14 +96,14 @@ def expect(
         path for site in (*sites, *excluded) for path in site.factors.values()
     }
     leaves: dict[KeyPath, ExpectedLeaf] = {}
+    names: dict[str, TensorSpec] = {}
     for path, spec in index.tensors.items():
         if path in gone:
             continue
         name = dialect.canonical(path)
-        if name in leaves:
-            raise CorruptCheckpoint(
-                "two leaves of one name", where=where, found=f"{leaves[name].source.name} and {spec.name}"
-            )
+        other = names.setdefault(display(name), spec)
+        if other is not spec:
+            raise CorruptCheckpoint("two leaves of one name", where=where, found=f"{other.path} and {spec.path}")
         site = by_target.get(path)
         if site is not None and not is_float(spec.dtype):
             raise UnsupportedCheckpoint(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, detect_dialect
-from lora_merge_cli.errors import CorruptCheckpoint, UnknownFormat, UnsupportedCheckpoint, UsageError
+from lora_merge_cli.errors import InputError, InputNotFound, Refused, UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener
@@ -34,7 +33,7 @@ from lora_merge_cli.verification.examination import Examination, Findings, SiteF
 from lora_merge_cli.verification.expectation import ANY_DTYPE, Expectation, expect
 from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
 
-Damage: TypeAlias = CorruptCheckpoint | UnknownFormat | UnsupportedCheckpoint
+Damage: TypeAlias = InputError | UsageError | Refused
 """Why a result cannot be opened."""
 
 _ULPS: Mapping[str, float] = {"nearest": 0.5, "any": 1.0}
@@ -72,7 +71,8 @@ class Opened:
     def inputs(self) -> tuple[Path, ...]:
         """The directories that must not be written to."""
         opened = (self.checkpoint, self.base, self.merged)
-        return tuple(c.directory.resolve() for c in opened if isinstance(c, Checkpoint))
+        directories = [c.directory.resolve() for c in opened if isinstance(c, Checkpoint)]
+        return (*directories, self.request.merged.resolve())
 
 
 @dataclass(frozen=True)
@@ -83,40 +83,40 @@ class Verdict:
     """Every check, in the order of `CHECK_IDS`."""
     sites: tuple[SiteRecord, ...]
     """Every adapter that should be in a kernel, with what became of it."""
-    notes: tuple[str, ...]
-    """What a reader should know."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know of the inputs and the flags."""
+    sampled: tuple[str, ...] = ()
+    """Which layers were looked at, where not all were."""
 
 
 def open_inputs(request: VerifyRequest) -> Opened:
     """Open all that a verification reads. Damage inside the result is not an error, it is what a verification is for.
 
     Raises:
-        UsageError: The sample or the least gain makes no sense.
         InputError: A path leads nowhere, or to no checkpoint; the checkpoint or the base is damaged.
     """
-    judging = request.judging
-    if judging.sample is not None and judging.sample < 1:
-        raise UsageError("--sample must be at least 1", found=judging.sample)
-    if not math.isfinite(judging.min_gain):
-        raise UsageError("--min-gain must be a finite number", found=judging.min_gain)
     checkpoint = open_checkpoint(request.against, request.step)
     base = None if request.base is None else open_checkpoint(request.base)
     for other in (checkpoint, base):
         if other is not None:
             other.source.index()
-    return Opened(request, open_result(request.merged), checkpoint, base)
+    return Opened(request, open_result(request.merged, request.step), checkpoint, base)
 
 
-def open_result(path: Path) -> Checkpoint | Damage:
-    """A result to judge, or why it cannot be opened.
+def open_result(path: Path, step: int | None = None) -> Checkpoint | Damage:
+    """A result to judge, or why it cannot be opened; of a run that has the step, that one.
 
     Raises:
         InputNotFound: The path leads nowhere.
     """
     try:
         merged = open_checkpoint(path)
+        if step is not None and step in merged.steps:
+            merged = open_checkpoint(path, step)
         merged.source.index()
-    except (CorruptCheckpoint, UnknownFormat, UnsupportedCheckpoint) as error:
+    except InputNotFound:
+        raise
+    except (InputError, UsageError, Refused) as error:
         return error
     return merged
 
@@ -156,7 +156,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         groups=group_records(dialect, index, dialect.grouping(index, survey.sites)),
         sites=verdict.sites,
         checks=verdict.checks,
-        notes=(*notes, *verdict.notes),
+        notes=(*notes, *verdict.notes, *verdict.sampled),
         sample=request.judging.sample,
         min_gain=request.judging.min_gain,
         strict=request.judging.strict,
@@ -192,16 +192,19 @@ def judge(
         checks.readable(findings),
         checks.structure(findings),
         checks.adapters_stripped(findings),
-        checks.finite(findings),
+        checks.finite(findings, judging),
         checks.untouched_bits(findings),
         checks.fused_exact(findings, judging, has_base=base is not None),
         checks.forward(findings, judging, serving),
         checks.delta_survival(findings, judging, serving),
-        checks.base(findings, given=base is not None),
+        checks.base(findings, judging, given=base is not None),
         checks.assets(merged, checkpoint, summary),
         check_provenance(claims, checkpoint, expectation, findings, options.multiplier, base is not None),
     )
-    return Verdict(found, _site_records(expectation, findings, dialect), _notes(expectation, findings, judging, base))
+    notes = list(expectation.notes)
+    if base is not None:
+        notes.append("judged as the base's own values plus each delta, not as the function that was trained")
+    return Verdict(found, _site_records(expectation, findings, dialect), tuple(notes), _sampled(findings, judging))
 
 
 def _unopened(error: Damage) -> tuple[CheckRecord, ...]:
@@ -211,15 +214,12 @@ def _unopened(error: Damage) -> tuple[CheckRecord, ...]:
     return (first, *skipped)
 
 
-def _notes(expectation: Expectation, findings: Findings, judging: Judging, base: Checkpoint | None) -> tuple[str, ...]:
-    notes = list(expectation.notes)
-    if judging.sample is not None:
-        looked_at = {tuple(found.layers) for found in findings.sites.values() if found.stacked}
-        layers = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(looked_at))
-        notes.append(f"--sample {judging.sample}: of each site, only layers {layers} were looked at")
-    if base is not None:
-        notes.append("judged as the base's own values plus each delta, not as the function that was trained")
-    return tuple(notes)
+def _sampled(findings: Findings, judging: Judging) -> tuple[str, ...]:
+    if judging.sample is None:
+        return ()
+    looked_at = {tuple(found.layers) for found in findings.sites.values() if found.stacked}
+    layers = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(looked_at))
+    return (f"--sample {judging.sample}: of each site, only layers {layers} were looked at",)
 
 
 def _site_records(expectation: Expectation, findings: Findings, dialect: Dialect) -> tuple[SiteRecord, ...]:
@@ -252,7 +252,12 @@ def _proof(verdicts: Sequence[LayerVerdict]) -> ProofRecord:
     return ProofRecord(
         worst_share=finite(max(verdict.worst_share for verdict in verdicts)),
         beyond=sum(verdict.beyond for verdict in verdicts),
-        forward_error=max((v.forward.error for v in verdicts if v.forward.error is not None), default=None),
+        forward_error=_worst(verdict.forward.error for verdict in verdicts),
         forward_share=finite(max(verdict.forward.share for verdict in verdicts)),
-        served_error=max((v.forward.served for v in verdicts if v.forward.served is not None), default=None),
+        served_error=_worst(verdict.forward.served for verdict in verdicts),
     )
+
+
+def _worst(errors: Iterable[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return finite(max(known)) if known else None

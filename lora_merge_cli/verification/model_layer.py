@@ -21,7 +21,8 @@ class LayerError:
     """How far the merged kernel is from kernel and adapter, over all inputs."""
 
     error: float | None
-    """``|y' - y| / |y - x w|``: the root mean square over inputs. None where the adapter contributes nothing."""
+    """``|y' - y| / |y - x w|``: the root mean square over inputs. None where the adapter contributes nothing, Inf where an
+    output is not finite."""
     share: float
     """The largest error of an output as a share of what the bounds of the kernel's entries allow."""
     served: float | None
@@ -95,12 +96,15 @@ class ModelLayer:
 
     def finish(self) -> LayerError:
         """The errors, once every piece was added."""
+        with np.errstate(all="ignore"):
+            return self._errors()
+
+    def _errors(self) -> LayerError:
         error = self._merged - (self._base + self._adapter)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = np.where(error == 0, 0.0, np.abs(error) / self._limit)
+        share = np.where(error == 0, 0.0, np.abs(error) / self._limit)
         return LayerError(
             self._relative(error),
-            float(share.max(initial=0.0)) if np.isfinite(share).all() else math.inf,
+            float(share.max(initial=0.0)) if np.isfinite(share).all() and np.isfinite(self._limit).all() else math.inf,
             self._relative(self._served - self._adapter),
         )
 
@@ -112,7 +116,7 @@ class ModelLayer:
         if not np.all(wanted > 0):
             return None
         ratio = float(np.sqrt(np.mean(np.square(error).sum(axis=axes) / wanted)))
-        return ratio if math.isfinite(ratio) else None
+        return ratio if math.isfinite(ratio) else math.inf
 
 
 @dataclass(frozen=True)

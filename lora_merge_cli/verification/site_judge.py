@@ -18,6 +18,7 @@ from lora_merge_cli.records import AdapterSite, Array, Region, region_shape, rel
 from lora_merge_cli.side_by_side import pieces
 from lora_merge_cli.survival import Moments, Realised
 from lora_merge_cli.verification.model_layer import LayerError, LayerPart, ModelLayer
+from lora_merge_cli.verification.projection import ProjectedPart, Projection
 
 _EPSILON = 2.0**-24
 _TINY = 2.0**-126
@@ -111,8 +112,9 @@ class SiteJudge:
             )
             for layer in layers
         }
-        self._projections: dict[tuple[Any, ...], _Projection] = {}
-        self._input_entries = math.prod(self._a.shape[len(batch) : -1])
+        self._projections: dict[tuple[int, ...], Projection] = {}
+        self._inputs = math.prod(self._a.shape[len(batch) : -1])
+        self._outputs = self._b.shape[len(batch) + 1 :]
         self.base_differs = False
         """Whether some block of the kernel is not the base's, rounded to the kernel's dtype."""
 
@@ -126,15 +128,16 @@ class SiteJudge:
             base: The base's kernel there, which the delta was added to instead; None without a base.
             pool: Where to compute.
         """
-        if base is not None and not self.base_differs:
-            self.base_differs = not equals_rounded(kernel, base)
 
         def judge(piece: Region) -> _Piece:
             inside = relative(piece, region)
-            return self._judge(piece, kernel[inside], merged[inside], None if base is None else base[inside])
+            # Values beyond any range are found, and judged, by what they are not.
+            with np.errstate(all="ignore"):
+                return self._judge(piece, kernel[inside], merged[inside], None if base is None else base[inside])
 
-        for piece in pool.map(judge, self._pieces(region)):
-            self._add(piece)
+        with np.errstate(all="ignore"):
+            for piece in pool.map(judge, self._pieces(region)):
+                self._add(piece)
 
     def finish(self) -> dict[int, LayerVerdict]:
         """What was found.
@@ -177,29 +180,63 @@ class SiteJudge:
         added_to = w if base is None else base.astype(np.float64)
         m = merged.astype(np.float64)
         delta = self._as_kernel(self._scale * (a @ b), shape)
-        # A bound need not be computed more finely than it is meant.
-        size = self._as_kernel(np.abs(abs(self._scale) * a).astype(np.float32) @ b_size.astype(np.float32), shape)
+        size = self._as_kernel(np.abs(self._scale * a) @ b_size, shape)
+        found, limit = self._exactness(m, added_to, delta, size, kernel.dtype)
+        if found.non_finite:
+            m = np.where(np.isfinite(m), m, added_to)
+        realised = {
+            dtype: _cast(m, self._dtype, dtype) - _cast(w, kernel.dtype, dtype)
+            for dtype in dict.fromkeys((self._dtype, terms.serving_dtype))
+        }
+        found.moments = self._survival(w, delta, realised)
+        layer, inner = self._layer_of(region), slice(self._first, None)
+        return _Piece(
+            layer=layer,
+            batch=batch,
+            base_differs=base is not None and not equals_rounded(kernel, base),
+            found=found,
+            projected=ProjectedPart(
+                outputs,
+                len(a),
+                self._scale * ((basis.T @ a) @ b),
+                {dtype.name: basis.T @ self._as_matrix(q) for dtype, q in realised.items()},
+            ),
+            forward=self._models[layer].take(
+                region[inner],
+                *(v.reshape(v.shape[inner]) for v in (added_to, m, realised[terms.serving_dtype], limit)),
+            ),
+        )
+
+    def _exactness(
+        self, m: Array, added_to: Array, delta: Array, size: Array, source: np.dtype[Any]
+    ) -> tuple[LayerVerdict, Array]:
+        """How far the entries are from the ideal, and how far they may be."""
         ideal = added_to + delta
         limit = np.abs(added_to)
         limit += size
         limit *= self._allowed_steps * _EPSILON
-        limit += terms.ulps * ulp(ideal, self._dtype)
+        limit += self._terms.ulps * ulp(ideal, self._dtype)
         limit += self._allowed_steps * _TINY
         error = np.abs(np.subtract(m, ideal, out=ideal), out=ideal)
         share = error / limit
-        bad = ~(share <= 1.0)
-        beyond = int(np.count_nonzero(bad))
-        found = LayerVerdict(beyond=beyond)
-        if beyond:
+        # Whatever is not below a finite bound is beyond it, NaN included.
+        bad = ~((share <= 1.0) & np.isfinite(limit))
+        found = LayerVerdict(beyond=int(np.count_nonzero(bad)))
+        if found.beyond:
             found.non_finite = int(np.count_nonzero(~np.isfinite(m)))
-            found.off_the_rounding = int(np.count_nonzero(bad & ~(error <= limit + 0.5 * ulp(added_to, kernel.dtype))))
-        found.worst_share = math.inf if found.non_finite else float(share.max(initial=0.0))
-        finite = not found.non_finite
-        if not finite:
-            m = np.where(np.isfinite(m), m, added_to)
-        moments = found.moments
-        moments.delta_sq = _sum_of_products(delta, delta)
-        moments.kernel_sq = _sum_of_products(w, w)
+            found.off_the_rounding = int(np.count_nonzero(bad & ~(error <= limit + 0.5 * ulp(added_to, source))))
+        worst = float(share.max(initial=0.0))
+        found.worst_share = worst if np.isfinite(limit).all() and math.isfinite(worst) else math.inf
+        return found, limit
+
+    def _survival(self, w: Array, delta: Array, realised: Mapping[np.dtype[Any], Array]) -> Moments:
+        """The sums of a piece; those along the adapter's inputs are not over before all inputs are in."""
+        moments = Moments(
+            delta_sq=_sum_of_products(delta, delta),
+            kernel_sq=_sum_of_products(w, w),
+            max_abs=float(np.abs(delta).max(initial=0.0)),
+            entries=delta.size,
+        )
         if not math.isfinite(moments.kernel_sq):
             raise NonFiniteInput(
                 "a kernel under an adapter is not finite",
@@ -207,30 +244,17 @@ class SiteJudge:
                 expected="finite values",
                 found="NaN or Inf",
             )
-        moments.max_abs = float(np.abs(delta).max(initial=0.0))
-        moments.entries = delta.size
-        projected = _Projection(len(a), self._scale * ((basis.T @ a) @ b))
-        served = m
-        for dtype in dict.fromkeys((self._dtype, terms.serving_dtype)):
-            q = _cast(m, self._dtype, dtype) - _cast(w, kernel.dtype, dtype)
+        for dtype, q in realised.items():
             off = q - delta
             moments.realised[dtype.name] = Realised(
                 q_dot_d=_sum_of_products(q, delta),
                 error_sq=_sum_of_products(off, off),
                 unchanged=int(q.size - np.count_nonzero(q)),
             )
-            projected.seen[dtype.name] = basis.T @ self._as_matrix(q)
-            if dtype == terms.serving_dtype:
-                served = q
-        layer = self._layer_of(region)
-        inner = slice(self._first, None)
-        forward = self._models[layer].take(
-            region[inner],
-            *(values.reshape(values.shape[inner]) for values in (added_to, m, served, limit)),
-        )
-        return _Piece(layer, (layer, *batch, *(part.start for part in outputs)), found, projected, forward)
+        return moments
 
     def _add(self, piece: _Piece) -> None:
+        self.base_differs = self.base_differs or piece.base_differs
         verdict = self.layers[piece.layer]
         verdict.moments.add(piece.found.moments)
         verdict.worst_share = max(verdict.worst_share, piece.found.worst_share)
@@ -238,10 +262,11 @@ class SiteJudge:
         verdict.off_the_rounding += piece.found.off_the_rounding
         verdict.non_finite += piece.found.non_finite
         self._models[piece.layer].add(piece.forward)
-        projection = self._projections.setdefault(piece.outputs, _Projection())
-        if projection.add(piece.projected) == self._input_entries:
-            del self._projections[piece.outputs]
-            for name, sums in projection.realised():
+        key = (piece.layer, *piece.batch)
+        if key not in self._projections:
+            self._projections[key] = Projection(self._a.shape[-1], self._inputs, self._outputs)
+        if self._projections[key].add(piece.projected):
+            for name, sums in self._projections.pop(key).sums():
                 verdict.moments.realised[name].add(sums)
 
     def _as_kernel(self, matrix: Array, shape: tuple[int, ...]) -> Array:
@@ -264,40 +289,12 @@ class _Piece:
     """What was found of one piece."""
 
     layer: int
-    outputs: tuple[Any, ...]
-    """Which outputs it contributes to: the sums over the inputs are not over before all pieces of these are in."""
+    batch: tuple[int, ...]
+    """Its index in the batch dims."""
+    base_differs: bool
     found: LayerVerdict
-    projected: _Projection
+    projected: ProjectedPart
     forward: LayerPart
-
-
-@dataclass
-class _Projection:
-    """``U^T q`` by dtype and ``U^T d`` for some outputs, summed over the inputs seen so far."""
-
-    covered: int = 0
-    ideal: Any = 0.0
-    seen: dict[str, Array] = field(default_factory=dict)
-
-    def add(self, other: _Projection) -> int:
-        """Add the sums over other inputs, and say how many inputs were seen."""
-        self.covered += other.covered
-        self.ideal = self.ideal + other.ideal
-        for name, values in other.seen.items():
-            self.seen[name] = self.seen[name] + values if name in self.seen else values
-        return self.covered
-
-    def realised(self) -> Iterator[tuple[str, Realised]]:
-        """The figures along the adapter's inputs, by dtype."""
-        for name, values in self.seen.items():
-            yield (
-                name,
-                Realised(
-                    inputs_q_dot_d=float(np.sum(values * self.ideal)),
-                    inputs_d_sq=float(np.sum(np.square(self.ideal))),
-                    inputs_error_sq=float(np.sum(np.square(values - self.ideal))),
-                ),
-            )
 
 
 def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
