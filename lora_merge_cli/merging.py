@@ -227,12 +227,17 @@ def _verified(
     report: MergeReport, prepared: Prepared, judging: Judging, stage: Path, listener: Listener | None
 ) -> MergeReport:
     """The report with the checks of the staged result."""
+    published = str(report.output)
     verdict = judge(open_result(stage), prepared.checkpoint, prepared.base, prepared.request.options, judging, listener)
     return dataclasses.replace(
         report,
         sites=with_proofs(report.sites, verdict.sites),
         checks=tuple(
-            dataclasses.replace(check, message=check.message.replace(str(stage), str(report.output)))
+            dataclasses.replace(
+                check,
+                message=check.message.replace(str(stage), published),
+                where=tuple(key.replace(str(stage), published) for key in check.where),
+            )
             for check in verdict.checks
         ),
         notes=(*report.notes, *verdict.sampled),

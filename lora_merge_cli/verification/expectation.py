@@ -1,4 +1,4 @@
-"""What a right merge of a checkpoint holds, from its index and the user's flags. Does not ask the planner of merges."""
+"""What a right merge of a checkpoint holds, from its index and the user's flags. Makes no plan, and reads none."""
 
 from __future__ import annotations
 
