@@ -225,6 +225,15 @@ def test_hostile_files_in_a_result_are_failed_checks(check: str, case: Case) -> 
         assert failed(case.verify(merged)) == {check}, text[:20]
 
 
+@pytest.mark.parametrize("text", ["[]", '{"array_metadatas": [3]}', DEEP])
+def test_metadata_that_no_reader_thought_of_is_a_failed_check(text: str, case: Case) -> None:
+    merged = case.merge()
+    file = merged / "params" / "array_metadatas" / "process_0"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    assert failed(case.verify(merged)) == {"readable"}
+
+
 def test_odd_leaves_are_compared_like_any_other(tmp_path: Path) -> None:
     tree = build(PALIGEMMA, ACTION)
     tree.plain(("odd", "step"), np.array(7, np.int32))

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, detect_dialect
-from lora_merge_cli.errors import InputError, InputNotFound, Refused, UsageError
+from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.listening import Listener
@@ -118,6 +118,9 @@ def open_result(path: Path, step: int | None = None) -> Checkpoint | Damage:
         raise
     except (InputError, UsageError, Refused) as error:
         return error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Metadata of a kind that no reader thought of is damage too: judging must not end in a traceback.
+        return CorruptCheckpoint("metadata that makes no sense", where=path, found=f"{type(error).__name__}: {error}")
     return merged
 
 
