@@ -445,7 +445,7 @@ def test_rounding_to_either_neighbour_passes_only_when_said(case: Case) -> None:
     leaves[LINEAR] = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(BFLOAT16)
     merged = case.save(leaves)
     outcome = case.verify(merged)
-    assert failed(outcome) == {"fused-exact"} or failed(outcome) == {"fused-exact", "forward"}
+    assert "fused-exact" in failed(outcome)
     assert "--rounding any" in message(outcome, "fused-exact")
     assert failed(case.verify(merged, "--rounding", "any")) == set()
 
