@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from lora_merge_cli.diffing import diff as diff
     from lora_merge_cli.errors import LoraMergeError as LoraMergeError
     from lora_merge_cli.formats import open_checkpoint as open_checkpoint
+    from lora_merge_cli.inputs import AdapterChoice as AdapterChoice
     from lora_merge_cli.inspection import Inspection as Inspection
     from lora_merge_cli.inspection import InspectRequest as InspectRequest
     from lora_merge_cli.inspection import inspect as inspect
     from lora_merge_cli.merging import MergeRequest as MergeRequest
     from lora_merge_cli.merging import merge as merge
     from lora_merge_cli.merging import prepare as prepare
-    from lora_merge_cli.plan import MergeOptions as MergeOptions
+    from lora_merge_cli.options import MergeOptions as MergeOptions
     from lora_merge_cli.report import DiffReport as DiffReport
     from lora_merge_cli.report import MergeReport as MergeReport
     from lora_merge_cli.report import VerifyReport as VerifyReport
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from lora_merge_cli.verification import verify as verify
 
 _HOMES = {
+    "AdapterChoice": "inputs",
     "DiffReport": "report",
     "DiffRequest": "diffing",
     "InspectRequest": "inspection",
     "Inspection": "inspection",
     "Judging": "verification",
     "LoraMergeError": "errors",
-    "MergeOptions": "plan",
+    "MergeOptions": "options",
     "MergeReport": "report",
     "MergeRequest": "merging",
     "ScaleOptions": "dialects.interface",

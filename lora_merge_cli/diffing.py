@@ -19,6 +19,7 @@ from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import tree_of
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.recording import peak_rss, source_record, versions
 from lora_merge_cli.records import KeyPath, TensorSpec, display, full_region, region_shape
@@ -115,7 +116,7 @@ def _tolerance(request: DiffRequest) -> Tolerance | None:
 
 def _pairs(a: Checkpoint, b: Checkpoint) -> dict[KeyPath, _Pair]:
     """The leaves of both, by their path without what differs between the spellings of one model."""
-    dialect = detect_dialect(a.source.index())
+    dialect = detect_dialect(tree_of(a))
     named_a, named_b = (_by_name(checkpoint, dialect) for checkpoint in (a, b))
     if named_a is None or named_b is None:
         named_a, named_b = (dict(checkpoint.source.index().tensors) for checkpoint in (a, b))

@@ -123,6 +123,10 @@ class Unrepresentable(Refused):
     """A finite result is not finite in the dtype that it would be stored in."""
 
 
+class ConflictingAdapters(Refused):
+    """Several adapters that cannot be merged into one checkpoint together."""
+
+
 class UnsupportedCheckpoint(Refused):
     """A checkpoint, or a part of one, that is understood and not supported."""
 

@@ -11,24 +11,29 @@ import numpy as np
 
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float
-from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, WrongBase
+from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
 from lora_merge_cli.formats.interface import Blocks, LeafData, Source
+from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import adapter_digest, spectrum
-from lora_merge_cli.operations import operation_named
-from lora_merge_cli.operations.interface import Pending, Update
+from lora_merge_cli.lowrank import LeafDigest, adapter_digest, leaf_digest, spectrum, with_ones
+from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, PendingTile, operation_named
+from lora_merge_cli.operations.add_delta import AddDelta, scaled_factors
 from lora_merge_cli.plan import MergePlan, Step
+from lora_merge_cli.reading import nbytes, read_factors, read_start, read_whole
 from lora_merge_cli.records import (
+    AdapterSite,
     Array,
     KeyPath,
     Region,
     TensorSpec,
+    display,
     first_names,
     full_region,
     grid,
     region_shape,
     relative,
 )
+from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import Moments
 
 _TILES_IN_FLIGHT = 3
@@ -40,8 +45,7 @@ class Execution:
 
     Args:
         plan: What to do.
-        source: The checkpoint that the plan was made for.
-        base: The base that the plan was made with, if any.
+        inputs: What the plan was made for.
         device: The JAX device to compute on.
         encodings: What the sink takes as it is stored.
         listener: Who to tell of progress.
@@ -50,69 +54,101 @@ class Execution:
     def __init__(
         self,
         plan: MergePlan,
-        source: Source,
-        base: Source | None,
+        inputs: Inputs,
         device: Any,
         encodings: frozenset[str] = frozenset(),
         listener: Listener | None = None,
     ) -> None:
         self._plan = plan
-        self._source = source
-        self._base = base
+        self._inputs = inputs
+        self._source = inputs.checkpoint.source
         self._device = device
         self._encodings = encodings
         self._listener = listener or Silent()
         self._wrong_frozen: list[str] = []
         self._frozen = 0
-        self.moments: dict[str, tuple[Moments, ...]] = {}
-        """Per site and layer, once its kernel is done."""
+        self.moments: dict[KeyPath, tuple[Moments, ...]] = {}
+        """Per changed leaf and layer, once it is done."""
         self.not_finite: dict[str, int] = {}
         """Non-finite entries per untouched leaf that had to be decoded anyway."""
-        self.adapter_digests: dict[str, str] = {}
-        """Per site, a digest of its factors' names, shapes, dtypes and values."""
-        self.spectra: dict[str, tuple[float, ...]] = {}
-        """Per site, the singular values of its delta; see `lowrank.spectrum`."""
+        self.adapter_digests: list[str] = []
+        """Per site, in the plan's order, a digest of its factors' names, shapes, dtypes and values."""
+        self.spectra: list[tuple[float, ...]] = []
+        """Per site, in the plan's order, the singular values of its delta; see `lowrank.spectrum`."""
+        self.silent: list[AdapterSite] = []
+        """The sites one of whose factors is zero."""
 
     def check_factors(self) -> None:
-        """Read every factor once, before anything is written.
+        """Read every factor once, and whatever must be equal, before anything is written.
 
         Raises:
             NonFiniteInput: A factor holds NaN or Inf.
-            NothingToMerge: Every delta is zero, since one factor of each pair is.
+            NothingToMerge: Nothing would change: a factor of each site is zero, and no tensor is replaced.
+            UnsupportedCheckpoint: Two leaves that the model ties differ.
         """
-        silent = 0
-        sites = self._plan.sites
-        for site in sites:
-            factors = {role: self._finite_factor(path) for role, path in site.factors.items()}
-            self.adapter_digests[site.name] = adapter_digest(factors)
-            silent += any(not values.any() for _, values in factors.values())
-        if self._plan.multiplier == 0 or silent == len(sites):
-            why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
-            raise NothingToMerge(
-                f"every delta is zero: {why}",
-                where=self._source.path,
-                hint="the adapter was never trained, or this is the wrong step",
+        digests: dict[tuple[int | None, KeyPath], LeafDigest] = {}
+        for site in self._plan.sites:
+            leaves = {}
+            for role, factor in site.factors.items():
+                key = site.adapter, factor.path
+                spec = self._plan.factors[key]
+                values = read_whole(self._inputs.source(site.adapter), spec)
+                if key not in digests:
+                    self._refuse_not_finite(site, spec, values)
+                    digests[key] = leaf_digest(spec, values)
+                leaves[role] = factor.of(values)
+            self.adapter_digests.append(
+                adapter_digest({r: digests[site.adapter, f.path] for r, f in site.factors.items()})
             )
+            if any(not leaves[role].any() for role in ("lora_a", "lora_b") if role in leaves):
+                self.silent.append(site)
+            leaves = with_ones(leaves)
+            scale = (site.parameters.scale.value or 0.0) * site.weight * self._plan.multiplier
+            self.spectra.append(spectrum(site.parameters.equation, leaves["lora_a"], leaves["lora_b"], scale))
+        self._refuse_silence()
+        for one, other in self._plan.equal:
+            self._refuse_unequal(one, other)
 
-    def _finite_factor(self, path: KeyPath) -> tuple[TensorSpec, Array]:
-        spec = self._plan.factors[path]
-        values = self._read_whole(spec)
+    def _refuse_not_finite(self, site: AdapterSite, spec: TensorSpec, values: Array) -> None:
         bad = int(np.sum(~np.isfinite(values.astype(np.float32))))
         if bad:
             raise NonFiniteInput(
                 "a factor is not finite",
-                where=f"{self._source.path} :: {spec.name}",
+                where=f"{self._inputs.source(site.adapter).path} :: {spec.name}",
                 expected="finite values",
                 found=f"{bad} of {spec.size} entries NaN or Inf",
             )
-        return spec, values
+
+    def _refuse_silence(self) -> None:
+        additive = [site for site in self.silent if site.operation == AddDelta.name]
+        if self._plan.replacements and self._plan.multiplier != 0:
+            return
+        if self._plan.multiplier == 0 or len(additive) == len(self._plan.sites):
+            why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
+            raise NothingToMerge(
+                f"every delta is zero: {why}",
+                where=self._inputs.source(self._plan.sites[0].adapter if self._plan.sites else None).path,
+                hint="the adapter was never trained, or this is the wrong step",
+            )
+
+    def _refuse_unequal(self, one: KeyPath, other: KeyPath) -> None:
+        tensors = self._source.index().tensors
+        leaves = [(self._source, tensors[path]) for path in (one, other)]
+        if tensors[one].shape != tensors[other].shape or not all(
+            equals_rounded(first, second) for _, (first, second) in side_by_side(leaves)
+        ):
+            raise UnsupportedCheckpoint(
+                "two tensors that the configuration ties, and that differ",
+                where=f"{self._source.path} :: {display(one)} and {display(other)}",
+                hint="save the model again, or set tie_word_embeddings in its config.json to what is true",
+            )
 
     def leaves(self) -> Iterator[LeafData]:
         """Every output leaf, with its data produced as it is pulled.
 
         Raises:
             CorruptCheckpoint: An input cannot be read.
-            NonFiniteInput: A kernel under an adapter holds NaN or Inf.
+            NonFiniteInput: A kernel under an adapter, or what an adapter replaces a tensor by, holds NaN or Inf.
             Unrepresentable: A result is not finite in the dtype that it is stored in.
             WrongBase: Frozen leaves do not equal the base's, known once all were seen.
             NothingToMerge: Every delta turned out to be zero.
@@ -123,22 +159,24 @@ class Execution:
                 self._frozen += 1
             yield self._leaf(step)
         self._check_base()
-        if len(delta_is_zero(self.moments)) == len(self.moments):
+        if self.moments and not self._plan.replacements and len(delta_is_zero(self.moments)) == len(self.moments):
             raise NothingToMerge("every delta is zero", where=self._source.path)
 
     def _leaf(self, step: Step) -> LeafData:
-        if step.origin == "changed":
+        if step.sites:
             return LeafData(step.output, step.write_block, self._fused(step))
-        stored = self._source.stored(step.source.path) if step.origin == "copied" else None
+        same_as = self._plan.shared.get(step.output.path)
+        as_before = step.before is not None and not step.replacements and step.output.dtype == step.before.dtype
+        stored = self._source.stored(step.before.path) if as_before and step.before is not None else None
         if stored is None or stored.encoding not in self._encodings:
-            return LeafData(step.output, step.write_block, self._carried(step))
+            return LeafData(step.output, step.write_block, self._carried(step), same_as)
         if step.base is not None:
             self._compare_whole(step)
         self._listener.advance(step.output.name, step.output.nbytes)
-        return LeafData(step.output, step.write_block, stored)
+        return LeafData(step.output, step.write_block, stored, same_as)
 
     def _carried(self, step: Step) -> Blocks:
-        """An untouched leaf, decoded, and cast if asked."""
+        """A leaf without a site: decoded, with an adapter's values in it, and cast if need be."""
         differs = False
         for region, values, base in self._blocks(step):
             differs = differs or not (base is None or equals_rounded(values, base))
@@ -146,22 +184,21 @@ class Execution:
             for part in grid(region, step.write_block):
                 piece = values[relative(part, region)]
                 yield part, _cast(piece, step, self._source)
-                self._listener.advance(step.output.name, _nbytes(part, step.output))
+                self._listener.advance(step.output.name, nbytes(part, step.output))
         self._note_frozen(step, differs)
 
     def _fused(self, step: Step) -> Blocks:
-        """A kernel with its delta added."""
-        site = step.site
-        assert site is not None, "only a site changes a leaf"
-        factors = {role: self._read_whole(self._plan.factors[p]) for role, p in site.factors.items()}
-        update = operation_named(site.operation).init(
-            site,
-            f"{self._source.path} :: {site.name}",
+        """A kernel with its deltas added."""
+        where = f"{self._source.path} :: {step.output.name}"
+        equation = step.sites[0].parameters.equation
+        contributions = [self._contribution(step, site) for site in step.sites]
+        update = KernelUpdate(
+            where,
+            equation,
             step.source.shape,
-            factors,
+            contributions,
             step.output.dtype,
             self._plan.serving_dtype,
-            self._plan.multiplier,
             self._device,
         )
         differs = False
@@ -169,22 +206,26 @@ class Execution:
             differs = differs or not (base is None or equals_rounded(values, base))
             for part in grid(region, step.write_block):
                 inside = relative(part, region)
-                yield (
-                    part,
-                    _computed(
-                        update,
-                        step,
-                        part,
-                        values[inside],
-                        None if base is None else base[inside],
-                    ),
-                )
-                self._listener.advance(step.output.name, _nbytes(part, step.output))
+                added_to = None if base is None else base[inside]
+                yield part, _computed(update, step, part, values[inside], added_to)
+                self._listener.advance(step.output.name, nbytes(part, step.output))
         self._note_frozen(step, differs)
-        self.moments[site.name] = update.finish()
-        parameters = site.parameters
-        scale = (parameters.scale.value or 0.0) * self._plan.multiplier
-        self.spectra[site.name] = spectrum(parameters.equation, factors["lora_a"], factors["lora_b"], scale)
+        self.moments[step.output.path] = update.finish()
+
+    def _contribution(self, step: Step, site: AdapterSite) -> Contribution:
+        """What a site adds; with a first pass over the kernel where the operation needs one."""
+        operation = operation_named(site.operation)
+        factors = read_factors(self._inputs, site)
+        norms = None
+        if operation.needs_norms:
+            a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))
+            passed = OutputNorms(site.parameters.equation, step.source.shape, a, b, self._device)
+            for region, values, base in self._blocks(step):
+                kernel = values if base is None else base
+                for tile in grid(region, step.tile):
+                    passed.add(tile, at_most_float32(np.ascontiguousarray(kernel[relative(tile, region)])))
+            norms = passed.finish()
+        return operation.contribute(site, factors, site.weight * self._plan.multiplier, norms)
 
     def _blocks(self, step: Step) -> Iterator[tuple[Region, Array, Array | None]]:
         """Each read block of the leaf, and of its base, the next one being read ahead where it is small."""
@@ -203,13 +244,11 @@ class Execution:
                 yield region, values, base
 
     def _read(self, step: Step, region: Region) -> tuple[Array, Array | None]:
-        values = self._source.read(step.source.path, region)
-        if step.base is None or self._base is None:
+        values = read_start(self._inputs, step, region)
+        base = self._inputs.base
+        if step.base is None or base is None:
             return values, None
-        return values, self._base.read(step.base.path, region)
-
-    def _read_whole(self, spec: TensorSpec) -> Array:
-        return self._source.read(spec.path, full_region(spec.shape))
+        return values, base.source.read(step.base.path, region)
 
     def _compare_whole(self, step: Step) -> None:
         blocks = self._blocks(step)
@@ -220,10 +259,10 @@ class Execution:
             self._wrong_frozen.append(step.source.name)
 
     def _check_base(self) -> None:
-        if self._wrong_frozen and self._base is not None:
+        if self._wrong_frozen and self._inputs.base is not None:
             raise WrongBase(
                 "the base is not what the fine-tune started from",
-                where=self._base.path,
+                where=self._inputs.base.source.path,
                 expected="every frozen leaf to equal the base's, rounded to its dtype, bit for bit",
                 found=f"{len(self._wrong_frozen)} of {self._frozen} that differ: {first_names(self._wrong_frozen, 3)}",
             )
@@ -236,13 +275,13 @@ class Execution:
                 self.not_finite[name] = self.not_finite.get(name, 0) + bad
 
 
-def _computed(update: Update, step: Step, part: Region, values: Array, base: Array | None) -> Array:
+def _computed(update: KernelUpdate, step: Step, part: Region, values: Array, base: Array | None) -> Array:
     """One write block, tile by tile, with a few tiles on the device at a time."""
     result = np.empty(region_shape(part), step.output.dtype)
-    pending: deque[tuple[Region, Pending]] = deque()
+    pending: deque[tuple[Region, PendingTile]] = deque()
     for tile in grid(part, step.tile):
         inside = relative(tile, part)
-        kernel = _at_most_float32(np.ascontiguousarray(values[inside]))
+        kernel = at_most_float32(np.ascontiguousarray(values[inside]))
         added_to = None if base is None else np.ascontiguousarray(base[inside])
         pending.append((inside, update.step(tile, kernel, added_to)))
         if len(pending) >= _TILES_IN_FLIGHT:
@@ -253,28 +292,26 @@ def _computed(update: Update, step: Step, part: Region, values: Array, base: Arr
     return result
 
 
-def _at_most_float32(values: Array) -> Array:
+def at_most_float32(values: Array) -> Array:
+    """The values, float64 ones rounded to float32."""
     return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
 def _cast(values: Array, step: Step, source: Source) -> Array:
-    if step.origin == "copied":
+    if values.dtype == step.output.dtype:
         return values
     with np.errstate(over="ignore"):
         result = values.astype(step.output.dtype)
     if np.isfinite(values).all() and not np.isfinite(result).all():
+        flag = "--dtype" if step.replacements else "--dtype-untouched"
         raise Unrepresentable(
-            f"an untouched leaf overflows {step.output.dtype.name}",
+            f"a leaf overflows {step.output.dtype.name}",
             where=f"{source.path} :: {step.output.name}",
-            hint="use --dtype-untouched keep, float32 or bfloat16",
+            hint=f"use {flag} float32 or bfloat16",
         )
     return np.asarray(result)
 
 
-def _nbytes(region: Region, spec: TensorSpec) -> int:
-    return int(np.prod(region_shape(region))) * spec.dtype.itemsize
-
-
-def delta_is_zero(moments: Mapping[str, tuple[Moments, ...]]) -> list[str]:
-    """The sites whose delta is exactly zero."""
-    return [name for name, layers in moments.items() if Moments.total(layers).max_abs == 0]
+def delta_is_zero(moments: Mapping[KeyPath, tuple[Moments, ...]]) -> list[str]:
+    """The leaves whose delta is exactly zero."""
+    return [display(path) for path, layers in moments.items() if Moments.total(layers).max_abs == 0]

@@ -14,16 +14,31 @@ import numpy as np
 
 from lora_merge_cli.assets import AssetCheck, check_assets
 from lora_merge_cli.compare import equals_rounded
-from lora_merge_cli.dialects import Dialect, ScaleOptions, detect_dialect, looks_like_adapter
+from lora_merge_cli.dialects import (
+    ADAPTER_DIALECTS,
+    DIALECTS,
+    AdapterDialect,
+    Dialect,
+    ScaleOptions,
+    detect_adapter_dialect,
+    looks_like_adapter,
+)
 from lora_merge_cli.dtypes import is_float
-from lora_merge_cli.formats import open_checkpoint
+from lora_merge_cli.errors import UnknownFormat, UnknownScale
+from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
 from lora_merge_cli.measurement import SiteStats, chunk_regions, site_stats
+from lora_merge_cli.plan import refuse_unscaled
+from lora_merge_cli.reading import read_factors
 from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
+    AdapterRow,
     AdapterSite,
+    AdapterSummary,
     Index,
     KeyPath,
+    Survey,
     TensorSpec,
     display,
 )
@@ -36,7 +51,9 @@ class InspectRequest:
     """What to inspect."""
 
     checkpoint: Path
-    """A run, step or item directory."""
+    """A run, step or item directory, a model's directory or file, or an adapter alone."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """Adapters beside it."""
     step: int | None = None
     """Which step of a run; the newest if None."""
     base: Path | None = None
@@ -45,6 +62,31 @@ class InspectRequest:
     """Whether to read the arrays and measure."""
     scales: ScaleOptions = field(default_factory=ScaleOptions)
     """What is known about alphas."""
+    dialect: str | None = None
+    """The adapters' dialect; detected if None."""
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter that lies beside its base, by itself."""
+
+    path: str
+    format: str
+    dialect: str
+    weight: float
+    method: str
+    base: str | None
+    """The base that it names."""
+    leaves: int
+    parameters: int
+    nbytes: int
+    rows: tuple[AdapterRow, ...]
+    """Every adapted module."""
+    riding: tuple[str, ...]
+    """What else it brings."""
+    matched: int | None
+    """How many of its leaves have their place in the base; None without a base."""
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,10 @@ class SiteRow:
     """How many layers are stacked; None if none are."""
     dtype: str
     stats: SiteStats | None = None
+    adapter: int | None = None
+    """Which of the adapters beside the checkpoint it is of, from 0."""
+    weight: float = 1.0
+    """What that adapter's change is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +150,9 @@ class Inspection:
     advice: tuple[str, ...]
     """What to do next."""
     base: tuple[BaseRow, ...] = ()
+    adapters: tuple[AdapterRecord, ...] = ()
+    """The adapters beside the checkpoint, or the one that was inspected alone."""
+    warnings: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,25 +168,34 @@ def inspect(request: InspectRequest) -> Inspection:
     Raises:
         InputError: The checkpoint, or the base, is missing, unreadable or of unknown format.
     """
-    checkpoint = open_checkpoint(request.checkpoint, request.step)
+    alone = None if request.adapters else _adapter_alone(request)
+    if alone is not None:
+        return _inspect_adapter(request, *alone)
+    inputs = open_inputs(
+        request.checkpoint,
+        request.adapters,
+        base=None if request.adapters else request.base,
+        step=request.step,
+        dialect=request.dialect,
+    )
+    checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
-    dialect = detect_dialect(index)
-    survey = dialect.survey(index, request.scales, str(checkpoint.source.path))
+    survey = survey_inputs(inputs, request.scales, residual_base=True)
     summary = dialect.summary(index)
     groups = dialect.grouping(index, survey.sites)
     unscaled = [site for site in survey.sites if site.parameters.scale.value is None]
     problems = [str(problem) for problem in survey.problems]
-    if unscaled:
-        problems.append(str(dialect.unknown_scale(unscaled, str(checkpoint.source.path))))
-    by_dtype: Counter[str] = Counter()
-    for spec in index.tensors.values():
-        by_dtype[spec.dtype.name] += spec.nbytes
-    notes = [*checkpoint.notes, *survey.notes]
+    try:
+        refuse_unscaled(inputs, survey.sites)
+    except UnknownScale as refusal:
+        problems.append(str(refusal))
+    notes = [*(note for _, opened in inputs.opened for note in opened.notes), *survey.notes]
     if "frozen" not in groups.values() and survey.sites:
         notes.append("no untouched leaf is in the dtype of frozen ones: frozen and trained look alike")
     if checkpoint.left_out:
         notes.append(f"beside it, not part of a merge: {', '.join(checkpoint.left_out)}")
-    base = None if request.base is None else open_checkpoint(request.base)
+    adapter_parameters = sum(index.tensors[path].size for path, group in groups.items() if group == "adapter")
+    adapters = tuple(_adapter_record(inputs, number, survey, request.scales) for number in range(len(inputs.adapters)))
     return Inspection(
         path=str(checkpoint.source.path),
         format=checkpoint.format,
@@ -149,16 +207,109 @@ def inspect(request: InspectRequest) -> Inspection:
         leaves=len(index.tensors),
         parameters=sum(spec.size for spec in index.tensors.values()),
         nbytes=index.nbytes,
-        dtypes=tuple(by_dtype.most_common()),
-        adapter_parameters=sum(index.tensors[path].size for path, group in groups.items() if group == "adapter"),
-        sites=tuple(_site_row(checkpoint, index, site, request.stats) for site in survey.sites),
-        groups=group_records(dialect, index, groups),
+        dtypes=_bytes_by_dtype(index),
+        adapter_parameters=adapter_parameters + sum(adapter.parameters for adapter in adapters),
+        sites=tuple(_site_row(inputs, survey, site, request.stats) for site in survey.sites),
+        groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         problems=tuple(problems),
         notes=tuple(notes),
         assets=check_assets(checkpoint.assets, quantiles=summary.needs_quantiles),
-        advice=_advice(request, checkpoint, bool(survey.sites), bool(survey.problems), unscaled, summary.advice),
-        base=() if base is None else _compare(dialect, checkpoint, base),
+        advice=_advice(
+            request,
+            checkpoint,
+            bool(survey.sites or survey.replacements),
+            bool(survey.problems),
+            unscaled,
+            summary.advice,
+        ),
+        base=() if inputs.base is None else _compare(dialect, checkpoint, inputs.base),
+        adapters=adapters,
+        warnings=survey.warnings,
     )
+
+
+def _adapter_alone(request: InspectRequest) -> tuple[Checkpoint, AdapterDialect] | None:
+    """The adapter, if that is what the path leads to."""
+    try:
+        opened = open_checkpoint(request.checkpoint, request.step)
+    except UnknownFormat:
+        try:
+            opened = open_adapter(request.checkpoint)
+        except UnknownFormat:
+            return None
+        return opened, detect_adapter_dialect(tree_of(opened), request.dialect)
+    tree = tree_of(opened)
+    if any(dialect.matches(tree) for dialect in DIALECTS if dialect.name != "torch"):
+        return None
+    if not any(dialect.matches(tree) for dialect in ADAPTER_DIALECTS):
+        return None
+    return opened, detect_adapter_dialect(tree, request.dialect)
+
+
+def _inspect_adapter(request: InspectRequest, opened: Checkpoint, dialect: AdapterDialect) -> Inspection:
+    index = opened.source.index()
+    summary = dialect.describe(tree_of(opened), request.scales)
+    record = _described(opened, dialect, summary, 1.0, None)
+    command = shlex.join(["lora-merge", "merge", summary.base or "BASE", "--adapter", str(request.checkpoint)])
+    refused = ("a merge would be refused, see above",)
+    return Inspection(
+        path=str(opened.source.path),
+        format=opened.format,
+        dialect=dialect.name,
+        model=f"{summary.method} adapter",
+        item=None,
+        step=None,
+        steps=(),
+        leaves=len(index.tensors),
+        parameters=record.parameters,
+        nbytes=index.nbytes,
+        dtypes=_bytes_by_dtype(index),
+        adapter_parameters=record.parameters,
+        sites=(),
+        groups=(),
+        problems=tuple(map(str, summary.problems)),
+        notes=(*opened.notes, *summary.notes),
+        assets=AssetCheck((), (), ()),
+        advice=refused if summary.problems else (f"{command} -o merged",),
+        adapters=(record,),
+    )
+
+
+def _adapter_record(inputs: Inputs, number: int, survey: Survey, scales: ScaleOptions) -> AdapterRecord:
+    adapter = inputs.adapters[number]
+    summary = adapter.dialect.describe(tree_of(adapter.checkpoint), scales)
+    matched = {f.path for site in survey.sites if site.adapter == number for f in site.factors.values()}
+    matched |= {found.path for found in survey.replacements if found.adapter == number}
+    matched |= {leaf.path for leaf in survey.dropped if leaf.adapter == number}
+    return _described(adapter.checkpoint, adapter.dialect, summary, adapter.weight, len(matched))
+
+
+def _described(
+    opened: Checkpoint, dialect: AdapterDialect, summary: AdapterSummary, weight: float, matched: int | None
+) -> AdapterRecord:
+    index = opened.source.index()
+    return AdapterRecord(
+        path=str(opened.source.path),
+        format=opened.format,
+        dialect=dialect.name,
+        weight=weight,
+        method=summary.method,
+        base=summary.base,
+        leaves=len(index.tensors),
+        parameters=sum(spec.size for spec in index.tensors.values()),
+        nbytes=index.nbytes,
+        rows=summary.rows,
+        riding=summary.riding,
+        matched=matched,
+        notes=summary.notes,
+    )
+
+
+def _bytes_by_dtype(index: Index) -> tuple[tuple[str, int], ...]:
+    by_dtype: Counter[str] = Counter()
+    for spec in index.tensors.values():
+        by_dtype[spec.dtype.name] += spec.nbytes
+    return tuple(by_dtype.most_common())
 
 
 def _advice(
@@ -175,7 +326,10 @@ def _advice(
         merged = "it was merged before" if checkpoint.provenance else "nothing to merge"
         return (f"no adapters: {merged}; serve it as it is",)
     output = Path("merged") / checkpoint.directory.name
-    command = shlex.join(["lora-merge", "merge", str(request.checkpoint), "-o", str(output)])
+    words = ["lora-merge", "merge", str(request.checkpoint)]
+    for choice in request.adapters:
+        words += ["--adapter", str(choice.path) + ("" if choice.weight == 1 else f"@{choice.weight:g}")]
+    command = shlex.join([*words, "-o", str(output)])
     if request.step is not None:
         command += f" --step {request.step}"
     if unscaled:
@@ -192,8 +346,10 @@ def _advice(
     return (command, *serving)
 
 
-def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bool) -> SiteRow:
-    spec = index.tensors[site.targets[0]]
+def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, stats: bool) -> SiteRow:
+    created = {leaf.path: leaf.source for leaf in survey.created}
+    target = site.targets[0]
+    spec = inputs.checkpoint.source.index().tensors[created.get(target, target)]
     scale = site.parameters.scale
     return SiteRow(
         target=site.name,
@@ -207,7 +363,9 @@ def _site_row(checkpoint: Checkpoint, index: Index, site: AdapterSite, stats: bo
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=site_stats(checkpoint, site) if stats else None,
+        stats=site_stats(inputs.checkpoint, spec, site, read_factors(inputs, site)) if stats else None,
+        adapter=site.adapter,
+        weight=site.weight,
     )
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import numpy as np
 
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.records import Array, TensorSpec
+
+
+def with_ones(factors: dict[str, Array]) -> dict[str, Array]:
+    """The factors with a lora_a of one, where there is none: a bias has no inputs."""
+    return factors if "lora_a" in factors else {"lora_a": np.ones(1, np.float32), **factors}
 
 
 def factor_matrices(equation: Equation, a: Array, b: Array) -> tuple[Array, Array]:
@@ -80,13 +86,20 @@ def spectrum(equation: Equation, a: Array, b: Array, scale: float) -> tuple[floa
     return tuple(map(float, np.minimum(scaled, np.finfo(np.float64).max)))
 
 
-def adapter_digest(factors: Mapping[str, tuple[TensorSpec, Array]]) -> str:
-    """A digest of an adapter's names, shapes, dtypes and values; `factors` by role."""
-    joined = ""
-    for _, (spec, values) in sorted(factors.items()):
-        digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-        joined += digest.hexdigest()
+LeafDigest: TypeAlias = str
+"""A digest of one factor."""
+
+
+def leaf_digest(spec: TensorSpec, values: Array) -> LeafDigest:
+    """A digest of a factor's name, shape, dtype and values."""
+    digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
+    digest.update(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+    return digest.hexdigest()
+
+
+def adapter_digest(factors: Mapping[str, LeafDigest]) -> str:
+    """A digest of one adapter's factors, by role."""
+    joined = "".join(digest for _, digest in sorted(factors.items()))
     return f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"
 
 

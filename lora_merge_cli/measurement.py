@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +28,17 @@ class SiteStats:
     """NaN or Inf in the factors and the kernel."""
 
 
-def site_stats(checkpoint: Checkpoint, site: AdapterSite) -> SiteStats:
-    """Measure one site, reading its factors and, block by block, its kernel."""
-    index = checkpoint.source.index()
+def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, factors: Mapping[str, Array]) -> SiteStats:
+    """Measure one site.
+
+    Args:
+        checkpoint: What is merged into.
+        spec: The site's kernel in it; read block by block.
+        site: The site.
+        factors: What it takes of the adapter's leaves, by role.
+    """
     equation = site.parameters.equation
-    spec = index.tensors[site.targets[0]]
-    a, b = (
-        checkpoint.source.read(path, full_region(index.tensors[path].shape)).astype(np.float64)
-        for path in (site.factors["lora_a"], site.factors["lora_b"])
-    )
+    a, b = (factors[role].astype(np.float64) for role in ("lora_a", "lora_b"))
     bad = int(np.sum(~np.isfinite(a))) + int(np.sum(~np.isfinite(b)))
     stacked = equation.stacked
     kernel_sq = np.zeros(spec.shape[0] if stacked else 1)
@@ -53,6 +56,7 @@ def site_stats(checkpoint: Checkpoint, site: AdapterSite) -> SiteStats:
     delta_sq = np.square(singular).sum(axis=-1)
     per_layer = delta_sq.reshape(len(kernel_sq), -1).sum(axis=1)
     scale = site.parameters.scale.value
+    scale = None if scale is None else scale * site.weight
     ratios = None
     if scale is not None and np.all(kernel_sq > 0):
         ratios = abs(scale) * np.sqrt(per_layer / kernel_sq)

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli import __version__
 from lora_merge_cli.assets import check_assets
-from lora_merge_cli.dialects import detect_dialect, dialect_named
 from lora_merge_cli.errors import AlreadyMerged, UsageError, VerificationFailed
-from lora_merge_cli.formats import format_named, open_checkpoint
-from lora_merge_cli.formats.interface import Checkpoint
-from lora_merge_cli.plan import MergeOptions, MergePlan, plan_merge
+from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, Checkpoint
+from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs
+from lora_merge_cli.options import MergeOptions
+from lora_merge_cli.placing import (
+    AUTO,
+    Placement,
+    companions_size,
+    config_changes,
+    copy_companions,
+    lost_config,
+    placement,
+)
+from lora_merge_cli.plan import MergePlan, Step, plan_merge
 from lora_merge_cli.recording import (
-    copied_records,
     directory_size,
     dropped_records,
     group_records,
+    leaf_records,
     peak_rss,
     site_record,
-    source_record,
+    source_records,
     versions,
     with_measurements,
     with_proofs,
 )
-from lora_merge_cli.records import AdapterSite, first_names
+from lora_merge_cli.records import AdapterSite, KeyPath, first_names
 from lora_merge_cli.report import GroupRecord, MergeReport, SiteRecord
 from lora_merge_cli.staging import anchored, check_space, check_target, filesystem, staged
 from lora_merge_cli.survival import Moments
@@ -50,13 +59,21 @@ class MergeRequest:
     """What to merge, and where to."""
 
     checkpoint: Path
-    """A run, step or item directory with adapters inside."""
+    """A run, step or item directory with adapters inside, or the base of the adapters beside it."""
     output: Path | None = None
-    """The directory to create; only a dry run does without."""
+    """What to create: a file if it ends in .safetensors or .pth, else a directory. Only a dry run does without."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """The adapters beside the checkpoint."""
     base: Path | None = None
-    """The float32 checkpoint that the fine-tune started from."""
+    """The float32 checkpoint that a fine-tune with adapters inside started from."""
     step: int | None = None
     """Which step of a run; the newest if None."""
+    dialect: str | None = None
+    """The adapters' dialect; detected if None."""
+    to: str = AUTO
+    """The format to write: ``auto`` keeps that of the checkpoint."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    """The largest size of one file of arrays."""
     overwrite: bool = False
     """Whether an existing output may be replaced."""
     device: str | None = None
@@ -72,47 +89,65 @@ class Prepared:
     """A request whose inputs are open and whose plan is made."""
 
     request: MergeRequest
-    checkpoint: Checkpoint
-    base: Checkpoint | None
+    inputs: Inputs
+    placement: Placement
     plan: MergePlan
-    inputs: tuple[Path, ...]
-    """The directories that must not be written to."""
+
+    @property
+    def input_paths(self) -> tuple[Path, ...]:
+        """What must not be written to."""
+        return self.inputs.paths
+
+    @functools.cached_property
+    def _targets(self) -> Mapping[KeyPath, Step]:
+        return {step.output.path: step for step in self.plan.steps}
 
     def site_record(self, site: AdapterSite) -> SiteRecord:
         """A site before its merge."""
-        step = next(step for step in self.plan.steps if step.site is site)
+        step = self._targets[site.targets[0]]
         return site_record(site, step.source, step.output.dtype.name)
 
     def groups(self) -> tuple[GroupRecord, ...]:
         """What the fine-tune froze and trained."""
-        dialect, index = dialect_named(self.plan.dialect), self.checkpoint.source.index()
-        return group_records(dialect, index, dialect.grouping(index, self.plan.sites))
+        dialect, index = self.inputs.dialect, self.inputs.checkpoint.source.index()
+        replaced = {found.target for found in self.plan.replacements}
+        return group_records(dialect, index, dialect.grouping(index, self.plan.sites), replaced)
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is known before anything is computed, and should make a reader stop."""
+        checkpoint, plan = self.inputs.checkpoint, self.plan
+        return (
+            *plan.warnings,
+            *lost_config(checkpoint, plan, is_file=self.placement.is_file),
+            *_asset_warnings(checkpoint, plan),
+        )
 
     def report(self) -> MergeReport:
         """What would be done."""
-        plan, checkpoint = self.plan, self.checkpoint
-        sources = [source_record("checkpoint", checkpoint)]
-        if self.base is not None:
-            sources.append(source_record("base", self.base))
+        plan, checkpoint = self.plan, self.inputs.checkpoint
         output = self.request.output
         notes = [*plan.notes, *plan.model.advice]
+        notes += [f"config.json: {key} becomes {value}" for key, value in config_changes(checkpoint, plan).items()]
         if checkpoint.left_out:
             notes.append(f"left out: {', '.join(checkpoint.left_out)}")
+        if self.placement.is_file and (checkpoint.companions or checkpoint.assets):
+            notes.append("the output is one file: what stands beside the arrays of the checkpoint is not copied")
         return MergeReport(
             command="merge",
             tool_version=__version__,
             status="planned",
             model=plan.model.name,
             dialect=plan.dialect,
-            sources=tuple(sources),
+            sources=source_records(self.inputs),
             output=None if output is None else str(output),
+            output_format=self.placement.format.name,
             multiplier=plan.multiplier,
             serving_dtype=plan.serving_dtype.name,
             groups=self.groups(),
             sites=tuple(map(self.site_record, plan.sites)),
-            copied=copied_records(plan),
-            dropped=dropped_records(plan, checkpoint.left_out),
-            warnings=_asset_warnings(checkpoint, plan),
+            copied=leaf_records(plan),
+            dropped=dropped_records(self.inputs, plan),
+            warnings=self.warnings(),
             notes=tuple(notes),
             output_bytes=plan.output_bytes,
             peak_bytes_planned=plan.peak_bytes,
@@ -128,21 +163,16 @@ def prepare(request: MergeRequest) -> Prepared:
         Refused: The merge would be wrong or pointless.
         OutputExists: The output exists and may not be replaced.
     """
-    checkpoint = open_checkpoint(request.checkpoint, request.step)
-    base = None if request.base is None else open_checkpoint(request.base)
-    inputs = tuple(
-        path
-        for opened in (checkpoint, base)
-        if opened is not None
-        for path in (opened.given, opened.directory, opened.source.path)
+    inputs = open_inputs(
+        request.checkpoint, request.adapters, base=request.base, step=request.step, dialect=request.dialect
     )
+    place = placement(request.output, request.to, inputs.checkpoint, request.max_shard_bytes)
     if request.output is not None:
         output = anchored(request.output)
-        check_target(output, inputs, overwrite=request.overwrite)
+        for path in [output, provenance_path(output)] if place.is_file else [output]:
+            check_target(path, inputs.paths, overwrite=request.overwrite)
         request = dataclasses.replace(request, output=output)
-    dialect = detect_dialect(checkpoint.source.index())
-    plan = plan_merge(checkpoint, dialect, request.options, base)
-    return Prepared(request, checkpoint, base, plan, inputs)
+    return Prepared(request, inputs, place, plan_merge(inputs, request.options))
 
 
 def merge(
@@ -165,78 +195,77 @@ def merge(
     """
     started = time.monotonic()
     prepared = request if isinstance(request, Prepared) else prepare(request)
-    output = prepared.request.output
+    request = prepared.request
+    output = request.output
     if output is None:
-        raise UsageError("an output directory is needed", hint="pass -o OUT")
-    checkpoint, base, plan = prepared.checkpoint, prepared.base, prepared.plan
-    assets_bytes = 0 if checkpoint.assets is None else directory_size(checkpoint.assets)
-    check_space(output, plan.output_bytes + assets_bytes)
+        raise UsageError("an output is needed", hint="pass -o OUT")
+    inputs, plan, place = prepared.inputs, prepared.plan, prepared.placement
+    checkpoint = inputs.checkpoint
+    check_space(output, plan.output_bytes + (0 if place.is_file else companions_size(checkpoint)))
 
     from lora_merge_cli.devices import find_device
     from lora_merge_cli.execute import Execution
 
-    device = find_device(prepared.request.device)
-    item = checkpoint.item or plan.model.item
-    with staged(output, overwrite=prepared.request.overwrite) as stage:
-        sink = format_named(checkpoint.format).sink(stage, checkpoint, item)
-        execution = Execution(
-            plan,
-            checkpoint.source,
-            None if base is None else base.source,
-            device,
-            sink.encodings,
-            listener,
-        )
+    device = find_device(request.device)
+    names = (output.name, provenance_path(output).name) if place.is_file else None
+    with staged(output, overwrite=request.overwrite, files=names) as stage:
+        destination = place.destination(stage, output, checkpoint, plan, request.max_shard_bytes)
+        sink = place.format.sink(destination, checkpoint)
+        execution = Execution(plan, inputs, device, sink.encodings, listener)
         execution.check_factors()
-        _refuse_repeat(checkpoint, execution.adapter_digests)
-        sink.write(execution.leaves(), plan.constants)
-        if checkpoint.assets is not None:
-            _copy_assets(checkpoint.assets, stage)
+        _refuse_repeat(checkpoint, plan, execution.adapter_digests)
+        sink.write([step.output for step in plan.steps], execution.leaves(), plan.constants)
+        if not place.is_file:
+            copy_companions(checkpoint, plan, stage)
         report = dataclasses.replace(
             prepared.report(),
             status="merged",
-            sites=tuple(_measured(prepared.site_record(site), site, execution, plan) for site in plan.sites),
-            warnings=(
-                *_asset_warnings(checkpoint, plan),
-                *_execution_warnings(execution, plan),
-            ),
+            sites=tuple(_measured(prepared, execution)),
+            warnings=(*prepared.warnings(), *_execution_warnings(execution, plan)),
             bytes_on_disk=directory_size(stage),
             seconds=time.monotonic() - started,
             peak_rss_bytes=peak_rss(),
             device=f"{device.device_kind} ({device.platform}:{device.id})",
             versions=versions(),
         )
-        _write_provenance(report, stage)
-        if prepared.request.verify is not None:
-            report = _verified(report, prepared, prepared.request.verify, stage, listener)
+        result = place.staged(stage, output)
+        provenance = provenance_path(result) if place.is_file else stage / PROVENANCE
+        _write_provenance(report, provenance)
+        if request.verify is not None:
+            report = _verified(report, prepared, request.verify, result, listener)
             report = dataclasses.replace(report, seconds=time.monotonic() - started, peak_rss_bytes=peak_rss())
             if report.failed:
                 raise _rejection(report)
-            _write_provenance(report, stage)
+            _write_provenance(report, provenance)
         if beside is not None:
             beside(report, stage)
     return report
 
 
-def _write_provenance(report: MergeReport, stage: Path) -> None:
-    with filesystem(stage):
-        (stage / PROVENANCE).write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+def provenance_path(file: Path) -> Path:
+    """The provenance of an output that is one file: it stands beside it."""
+    return file.with_name(f"{file.name}.{PROVENANCE}")
+
+
+def _write_provenance(report: MergeReport, path: Path) -> None:
+    with filesystem(path):
+        path.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def _verified(
-    report: MergeReport, prepared: Prepared, judging: Judging, stage: Path, listener: Listener | None
+    report: MergeReport, prepared: Prepared, judging: Judging, result: Path, listener: Listener | None
 ) -> MergeReport:
     """The report with the checks of the staged result."""
     published = str(report.output)
-    verdict = judge(open_result(stage), prepared.checkpoint, prepared.base, prepared.request.options, judging, listener)
+    verdict = judge(open_result(result), prepared.inputs, prepared.request.options, judging, listener)
     return dataclasses.replace(
         report,
         sites=with_proofs(report.sites, verdict.sites),
         checks=tuple(
             dataclasses.replace(
                 check,
-                message=check.message.replace(str(stage), published),
-                where=tuple(key.replace(str(stage), published) for key in check.where),
+                message=check.message.replace(str(result), published),
+                where=tuple(key.replace(str(result), published) for key in check.where),
             )
             for check in verdict.checks
         ),
@@ -255,36 +284,32 @@ def _rejection(report: MergeReport) -> VerificationFailed:
     return error
 
 
-def _measured(record: SiteRecord, site: AdapterSite, execution: Execution, plan: MergePlan) -> SiteRecord:
-    return with_measurements(
-        record,
-        dict(enumerate(execution.moments[site.name])),
-        plan.serving_dtype.name,
-        execution.spectra[site.name],
-        execution.adapter_digests[site.name],
-    )
+def _measured(prepared: Prepared, execution: Execution) -> Iterator[SiteRecord]:
+    for number, site in enumerate(prepared.plan.sites):
+        yield with_measurements(
+            prepared.site_record(site),
+            dict(enumerate(execution.moments[site.targets[0]])),
+            prepared.plan.serving_dtype.name,
+            execution.spectra[number],
+            execution.adapter_digests[number],
+        )
 
 
-def _refuse_repeat(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+def _refuse_repeat(checkpoint: Checkpoint, plan: MergePlan, digests: Sequence[str]) -> None:
     """Refuse an adapter that the checkpoint's provenance says is in its kernels already."""
     merged = {
-        site.get("adapter_digest")
+        (site.get("target"), site.get("adapter_digest"))
         for document in _parents(checkpoint)
         for site in document.get("sites") or ()
         if isinstance(site, dict)
     }
-    again = [name for name, digest in digests.items() if digest in merged]
+    again = [site.name for site, digest in zip(plan.sites, digests, strict=True) if (site.name, digest) in merged]
     if again:
         raise AlreadyMerged(
             "already merged: the same adapter was merged into these kernels before",
             where=f"{checkpoint.provenance} :: {first_names(again, 3)}",
             hint="serve the merged checkpoint, or remove the provenance file if it belongs to another one",
         )
-
-
-def _copy_assets(assets: Path, stage: Path) -> None:
-    with filesystem(assets):
-        shutil.copytree(assets, stage / assets.name, ignore_dangling_symlinks=True)
 
 
 def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
@@ -312,7 +337,9 @@ def _execution_warnings(execution: Execution, plan: MergePlan) -> Sequence[str]:
         f"{name}: {count} non-finite entries in a leaf that no adapter touches"
         for name, count in execution.not_finite.items()
     ]
-    warnings += [f"{name}: the delta is exactly zero" for name in delta_is_zero(execution.moments)]
+    zero = delta_is_zero(execution.moments)
+    if zero:
+        warnings.append(f"{len(zero)} of {len(execution.moments)} deltas are exactly zero: {first_names(zero, 3)}")
     by_dtype: dict[str, list[float]] = {}
     for layers in execution.moments.values():
         total = Moments.total(layers)
@@ -320,7 +347,7 @@ def _execution_warnings(execution: Execution, plan: MergePlan) -> Sequence[str]:
             gain = total.survival(dtype).gain_along_inputs
             if gain is not None:
                 by_dtype.setdefault(dtype, []).append(gain)
-    stored = {step.output.dtype.name for step in plan.steps if step.site is not None}
+    stored = {step.output.dtype.name for step in plan.steps if step.sites}
     for dtype, gains in by_dtype.items():
         low = [gain for gain in gains if gain < _GAIN_WORTH_A_WARNING]
         if low:

@@ -39,6 +39,8 @@ class FusedTile:
     kernel_sq: Any
     max_abs: Any
     realised: dict[str, RealisedSums]
+    projected_delta: Any = None
+    """``U^T d``, rank by outputs, where the delta is more than its factors."""
 
     def to_host(self) -> FusedTile:
         """The same as NumPy arrays, once the device is done."""
@@ -48,7 +50,7 @@ class FusedTile:
 jax.tree_util.register_dataclass(RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], [])
 jax.tree_util.register_dataclass(
     FusedTile,
-    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised"],
+    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised", "projected_delta"],
     [],
 )
 
@@ -59,7 +61,7 @@ def fuse_tile(
     a: Array,
     b: Array,
     basis: Array,
-    scale: np.float32,
+    gain: Array | None,
     unit: np.float32,
     *,
     outputs_first: bool,
@@ -67,22 +69,22 @@ def fuse_tile(
     serving_dtype: str,
     device: Any,
 ) -> FusedTile:
-    """``(base or kernel) + scale * a @ b`` of one tile, in float32, rounded once to `dtype`.
+    """``(1 + gain) * (base or kernel) + a @ b`` of one tile, in float32, rounded once to `dtype`.
 
     Args:
         kernel: The tile of the kernel that the checkpoint holds, inputs by outputs, any floating dtype.
         base: The tile to add the delta to instead of `kernel`.
         a: lora_a's part, inputs by rank, float32.
-        b: lora_b's part, rank by outputs, float32, already summed where the model sums it alone.
+        b: lora_b's part, rank by outputs, float32, scaled, already summed where the model sums it alone.
         basis: The tile's rows of an orthonormal basis of lora_a's columns, inputs by rank, float32.
-        scale: What the product is multiplied by.
+        gain: What `kernel` or `base` is multiplied by besides 1, per output, float32; None for 0.
         unit: About the size of the delta. Squares are summed in squared units, so that float32 neither overflows nor loses them.
         outputs_first: Whether `kernel` and `base` are outputs by inputs instead.
         dtype: The name of the dtype to round to.
         serving_dtype: The name of the dtype that a server will cast to; survival is measured for both.
         device: The JAX device to compute on.
     """
-    operands = jax.device_put((kernel, base, a, b, basis, scale, unit), device)
+    operands = jax.device_put((kernel, base, a, b, basis, gain, unit), device)
     return _fuse(outputs_first, dtype, serving_dtype, *operands)  # type: ignore[no-any-return]
 
 
@@ -96,13 +98,19 @@ def _fuse(
     a: Any,
     b: Any,
     basis: Any,
-    scale: Any,
+    gain: Any,
     unit: Any,
 ) -> FusedTile:
     layout = "oi" if outputs_first else "io"
     kernel = kernel.astype(jnp.float32)
-    delta = scale * jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
-    result = (kernel if base is None else base.astype(jnp.float32)) + delta
+    delta = jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
+    changed = kernel if base is None else base.astype(jnp.float32)
+    if gain is None:
+        result = changed + delta
+    else:
+        per_output = gain[:, None] if outputs_first else gain[None, :]
+        result = (1 + per_output) * changed + delta
+        delta = per_output * changed + delta
     values = _rounded(result, dtype).astype(dtype_named(dtype))
     per_unit = 1 / unit
     unit_delta = delta * per_unit
@@ -126,7 +134,28 @@ def _fuse(
         kernel_sq=jnp.sum(kernel * kernel, axis=-1),
         max_abs=jnp.max(jnp.abs(delta)),
         realised=realised,
+        projected_delta=None if gain is None else jnp.einsum(f"ir,{layout}->ro", basis, delta, precision=_HIGHEST),
     )
+
+
+def output_squares(kernel: Array, a: Array, b: Array, *, outputs_first: bool, device: Any) -> Array:
+    """``|kernel + a @ b|^2`` of one tile over its inputs, per output, summed in float32.
+
+    Args:
+        kernel: The tile, inputs by outputs, or outputs by inputs if `outputs_first`; any floating dtype.
+        a: lora_a's part, inputs by rank, float32.
+        b: lora_b's part, rank by outputs, float32, scaled.
+        outputs_first: Whether `kernel` is outputs by inputs.
+        device: The JAX device to compute on.
+    """
+    return np.asarray(_output_squares(outputs_first, *jax.device_put((kernel, a, b), device)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _output_squares(outputs_first: bool, kernel: Any, a: Any, b: Any) -> Any:
+    layout = "oi" if outputs_first else "io"
+    changed = kernel.astype(jnp.float32) + jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
+    return jnp.sum(changed * changed, axis=1 if outputs_first else 0)
 
 
 def _rounded(values: Any, dtype: str) -> Any:

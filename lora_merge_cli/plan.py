@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from lora_merge_cli.dialects import Dialect, ScaleOptions, looks_like_adapter
-from lora_merge_cli.dtypes import dtype_named, is_float, is_float8
+from lora_merge_cli.changes import LeafChange, leaf_changes, output_dtype
+from lora_merge_cli.dtypes import is_float, is_float8
 from lora_merge_cli.errors import (
     AlreadyMerged,
     NothingToMerge,
     UnsupportedCheckpoint,
-    UsageError,
     WrongBase,
 )
-from lora_merge_cli.formats.interface import Checkpoint
-from lora_merge_cli.operations import operation_named
+from lora_merge_cli.inputs import Inputs, survey_inputs
+from lora_merge_cli.operations import tile_of
+from lora_merge_cli.options import MergeOptions, check_options
 from lora_merge_cli.records import (
     AdapterSite,
     Constant,
     Dropped,
-    Index,
     KeyPath,
     ModelSummary,
+    Replacement,
+    Survey,
     TensorSpec,
     first_names,
 )
-from lora_merge_cli.selection import excluded_factors, select_sites
-
-DTYPE_CHOICES = ("auto", "keep", "float32", "bfloat16", "float16")
+from lora_merge_cli.selection import Selection, select
 
 _READ_TARGET = 64 * 2**20
 _WRITE_TARGET = 128 * 2**20
@@ -42,22 +41,9 @@ _FACTOR_BYTES_PER_ENTRY = 32  # two factors and a basis in float32, and the floa
 _RUNTIME_BYTES = 400 * 2**20
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """What the user asks of a merge."""
-
-    scales: ScaleOptions = field(default_factory=ScaleOptions)
-    """What is known about alphas."""
-    multiplier: float = 1.0
-    """What every delta is multiplied by besides its scale; 1 is as trained."""
-    dtype: str = "auto"
-    """The dtype of the leaves that change; one of `DTYPE_CHOICES`."""
-    dtype_untouched: str = "keep"
-    """The dtype of the leaves that do not change; any of `DTYPE_CHOICES` but auto."""
-    include: tuple[str, ...] = ()
-    """Globs of sites to merge; all if empty."""
-    exclude: tuple[str, ...] = ()
-    """Globs of sites not to merge."""
+Origin = Literal["copied", "cast", "changed", "replaced", "created"]
+"""Copied bit for bit, cast to another dtype, changed by adapters, replaced by an adapter's own values in whole or in rows, or a
+leaf that the checkpoint does not have."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +53,21 @@ class Step:
     output: TensorSpec
     """What is written."""
     source: TensorSpec
-    """The leaf that it comes from."""
-    origin: Literal["copied", "cast", "changed"]
-    """Copied bit for bit, cast to another dtype, or changed by `site`."""
+    """What its values start as: the shape and dtype before any adapter is added."""
+    before: TensorSpec | None
+    """The checkpoint's leaf that is read; None where only an adapter has values for it."""
+    origin: Origin
+    """What becomes of it."""
     read_block: tuple[int, ...]
     """What is read at a time: whole chunks and whole tiles."""
     write_block: tuple[int, ...]
     """What is written at a time: a part of `read_block`."""
     tile: tuple[int, ...] = ()
     """What is computed at a time; depends on the leaf's shape alone."""
-    site: AdapterSite | None = None
-    """The adapter that changes it."""
+    sites: tuple[AdapterSite, ...] = ()
+    """The adapters that change it."""
+    replacements: tuple[Replacement, ...] = ()
+    """What adapters bring instead of its own values, with the weight that they are taken at."""
     base: TensorSpec | None = None
     """The base's leaf: to add the delta to, and to compare with."""
 
@@ -97,107 +87,122 @@ class MergePlan:
     """The output's leaves in the input's order."""
     constants: tuple[Constant, ...]
     """The output's parts that are no arrays."""
+    shared: Mapping[KeyPath, KeyPath]
+    """Untouched leaves that the checkpoint stores once under several paths: each later path, with the first one."""
     sites: tuple[AdapterSite, ...]
     """The adapters that are merged; their factors are consumed."""
+    replacements: tuple[Replacement, ...]
+    """What adapters bring whole, with the weights that it is taken at."""
     dropped: tuple[Dropped, ...]
     """Leaves that the output does not have, and why."""
-    factors: Mapping[KeyPath, TensorSpec]
-    """The factors of `sites`."""
+    factors: Mapping[tuple[int | None, KeyPath], TensorSpec]
+    """The factors of `sites`, by the adapter's number and path."""
+    equal: tuple[tuple[KeyPath, KeyPath], ...]
+    """Pairs of the checkpoint's leaves that must hold the same bits."""
+    config: Mapping[str, Any]
+    """What changes in the model's configuration; see `Survey.config`."""
     multiplier: float
     """What every delta is multiplied by besides its scale."""
     serving_dtype: np.dtype[Any]
     """What servers cast the result to."""
     notes: tuple[str, ...]
     """What a reader of the report should know."""
+    warnings: tuple[str, ...]
+    """What should make a reader stop."""
     peak_bytes: int
     """An estimate of the largest resident size."""
     output_bytes: int
     """The size of all output arrays before compression."""
 
 
-def plan_merge(
-    checkpoint: Checkpoint, dialect: Dialect, options: MergeOptions, base: Checkpoint | None = None
-) -> MergePlan:
-    """Plan the merge of the adapters inside a checkpoint into its own kernels.
+def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
+    """Plan the merge of the adapters inside a checkpoint, or beside it, into its kernels.
 
     Raises:
         UsageError: An option has no valid value, or a glob matches no site.
         Refused: The merge would be wrong or pointless; see its subclasses.
     """
     check_options(options)
+    checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
-    where = str(checkpoint.source.path)
-    survey = dialect.survey(index, options.scales, where)
-    chosen, excluded = select_sites(dialect, survey.sites, options.include, options.exclude)
+    survey = survey_inputs(inputs, options.scales, residual_base=options.residual_base)
+    selection = select(dialect, survey, options.include, options.exclude)
     if survey.problems:
         raise survey.problems[0]
-    if not chosen:
-        raise nothing_to_merge(checkpoint, index)
-    unscaled = [site for site in chosen if site.parameters.scale.value is None]
-    if unscaled:
-        raise dialect.unknown_scale(unscaled, where)
-    dropped = [*survey.dropped, *excluded_factors(excluded)]
-    factors = {path: index.tensors[path] for site in chosen for path in site.factors.values()}
-    gone = {*factors, *(leaf.path for leaf in dropped)}
-    by_target = {target: site for site in chosen for target in site.targets}
-    bases = match_base(checkpoint, dialect, index, chosen, base)
+    if not selection:
+        raise nothing_to_merge(inputs, survey)
+    refuse_unscaled(inputs, selection.sites)
+    changes = leaf_changes(inputs, survey, selection, options)
+    dropped = [*survey.dropped, *selection.dropped]
+    factors = {
+        (site.adapter, factor.path): inputs.source(site.adapter).index().tensors[factor.path]
+        for site in selection.sites
+        for factor in site.factors.values()
+    }
+    gone = {path for adapter, path in factors if adapter is None}
+    gone |= {leaf.path for leaf in dropped if leaf.adapter is None}
+    bases = match_base(inputs, selection.sites)
     steps = tuple(
-        _step(checkpoint, dialect, spec, by_target.get(path), options, bases.get(path), base)
-        for path, spec in index.tensors.items()
+        _step(inputs, changes[path] if path in changes else LeafChange(path, spec), options, bases.get(path))
+        for path, spec in {**index.tensors, **dict.fromkeys(changes)}.items()
         if path not in gone
     )
-    notes = [*checkpoint.notes, *survey.notes]
-    if excluded:
-        notes.append(
-            f"{len(excluded)} of {len(survey.sites)} adapters are left out by --include and --exclude: "
-            "the result does not act as the fine-tune did"
-        )
-    if base is not None:
-        notes.append(
-            "with --base each delta is added to the base's own values, not to the rounded kernel that the fine-tune ran on"
-        )
     return MergePlan(
         dialect=dialect.name,
         model=dialect.summary(index),
         steps=steps,
         constants=index.constants,
-        sites=chosen,
+        shared={later: first for later, first in index.shared.items() if not {later, first} & changes.keys()},
+        sites=selection.sites,
+        replacements=tuple(found for change in changes.values() for found in change.replacements),
         dropped=tuple(dropped),
         factors=factors,
+        equal=survey.equal,
+        config=survey.config,
         multiplier=options.multiplier,
         serving_dtype=dialect.serving_dtype,
-        notes=tuple(notes),
-        peak_bytes=_peak_bytes(steps, factors),
+        notes=tuple(_notes(inputs, survey, selection)),
+        warnings=survey.warnings,
+        peak_bytes=_peak_bytes(steps, factors.values()),
         output_bytes=sum(step.output.nbytes for step in steps),
     )
 
 
-def cast_dtype(choice: str, stored: np.dtype[Any], auto: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype that a choice of `DTYPE_CHOICES` stands for."""
-    if choice == "auto":
-        return auto
-    return stored if choice == "keep" else dtype_named(choice)
+def _notes(inputs: Inputs, survey: Survey, selection: Selection) -> Iterator[str]:
+    for _, opened in inputs.opened:
+        yield from opened.notes
+    yield from survey.notes
+    if selection.excluded:
+        total = len(survey.sites) + len(survey.replacements)
+        yield (
+            f"{selection.excluded} of {total} adapters are left out by --include and --exclude: "
+            "the result does not act as the fine-tune did"
+        )
+    if inputs.base is not None:
+        yield "with --base each delta is added to the base's own values, not to the rounded kernel that the fine-tune ran on"
 
 
-def check_options(options: MergeOptions, dtypes: Sequence[str] = DTYPE_CHOICES) -> None:
-    """Refuse options without a valid value; `dtypes` are the valid ones for the leaves that change.
+def refuse_unscaled(inputs: Inputs, sites: Sequence[AdapterSite]) -> None:
+    """Refuse sites whose scale nothing states.
 
     Raises:
-        UsageError: One has none.
+        UnknownScale: There are some.
     """
-    for flag, value, choices in (
-        ("--dtype", options.dtype, dtypes),
-        ("--dtype-untouched", options.dtype_untouched, DTYPE_CHOICES[1:]),
-    ):
-        if value not in choices:
-            raise UsageError(f"{flag} has no such value", expected=", ".join(choices), found=value)
-    if not math.isfinite(options.multiplier):
-        raise UsageError("--scale must be a finite number", found=options.multiplier)
+    unscaled = [site for site in sites if site.parameters.scale.value is None]
+    if unscaled:
+        adapter = unscaled[0].adapter
+        dialect = inputs.dialect if adapter is None else inputs.adapters[adapter].dialect
+        raise dialect.unknown_scale(unscaled, str(inputs.source(adapter).path))
 
 
-def nothing_to_merge(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
-    """The refusal of a checkpoint without chosen sites, and why there are none."""
+def nothing_to_merge(inputs: Inputs, survey: Survey) -> NothingToMerge:
+    """The refusal of inputs without chosen sites, and why there are none."""
+    checkpoint = inputs.checkpoint
     where = checkpoint.source.path
+    if survey.sites or survey.replacements:
+        return NothingToMerge("nothing to merge: --include and --exclude leave no site", where=where)
+    if inputs.adapters:
+        return NothingToMerge("nothing to merge: the adapter changes nothing", where=inputs.source(0).path)
     if checkpoint.provenance is not None:
         return AlreadyMerged(
             "already merged: no adapters are left",
@@ -205,30 +210,24 @@ def nothing_to_merge(checkpoint: Checkpoint, index: Index) -> NothingToMerge:
             found=f"{checkpoint.provenance.name} of an earlier merge",
             hint="serve it as it is",
         )
-    if any(map(looks_like_adapter, index.tensors)):
-        return NothingToMerge("nothing to merge: --include and --exclude leave no site", where=where)
     return NothingToMerge(
         "nothing to merge: no adapter keys, so it is already merged or was trained without LoRA",
         where=where,
-        found=f"{len(index.tensors)} leaves, none with lora in its name",
+        found=f"{len(checkpoint.source.index().tensors)} leaves, none with lora in its name",
+        hint="if the adapter is a file of its own, give it with --adapter",
     )
 
 
-def match_base(
-    checkpoint: Checkpoint,
-    dialect: Dialect,
-    index: Index,
-    sites: Sequence[AdapterSite],
-    base: Checkpoint | None,
-) -> Mapping[KeyPath, TensorSpec]:
+def match_base(inputs: Inputs, sites: Sequence[AdapterSite]) -> Mapping[KeyPath, TensorSpec]:
     """The base's leaf for each leaf that the fine-tune froze.
 
     Raises:
         WrongBase: The base does not have them all, in the same shapes.
     """
-    if base is None:
+    if inputs.base is None:
         return {}
-    available = {dialect.canonical(path): spec for path, spec in base.source.index().tensors.items()}
+    dialect, index = inputs.dialect, inputs.checkpoint.source.index()
+    available = {dialect.canonical(path): spec for path, spec in inputs.base.source.index().tensors.items()}
     frozen = [path for path, group in dialect.grouping(index, tuple(sites)).items() if group in ("frozen", "lora")]
     matched, wrong = {}, []
     for path in frozen:
@@ -241,78 +240,78 @@ def match_base(
     if wrong:
         raise WrongBase(
             "the base does not have the leaves that the fine-tune froze",
-            where=base.source.path,
-            expected=f"{len(frozen)} frozen leaves of {checkpoint.source.path}",
+            where=inputs.base.source.path,
+            expected=f"{len(frozen)} frozen leaves of {inputs.checkpoint.source.path}",
             found=f"{len(wrong)} missing or of another shape: {first_names(wrong, 3)}",
             hint="give the checkpoint that the fine-tune started from",
         )
     return matched
 
 
-def _step(
-    checkpoint: Checkpoint,
-    dialect: Dialect,
-    spec: TensorSpec,
-    site: AdapterSite | None,
-    options: MergeOptions,
-    base_spec: TensorSpec | None,
-    base: Checkpoint | None,
-) -> Step:
-    _refuse_unfit_dtypes(checkpoint, spec, site, options)
-    chunks = [checkpoint.source.chunk(spec.path)]
+def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: TensorSpec | None) -> Step:
+    start = change.start
+    _refuse_unfit_dtypes(inputs, change, options)
+    chunks = [source.chunk(path) for source, path in change.read_whole(inputs)]
     tile: tuple[int, ...] = ()
-    dtype = spec.dtype
-    origin: Literal["copied", "cast", "changed"] = "copied"
-    if site is not None:
-        tile = operation_named(site.operation).tile(site, spec.shape)
-        dtype = cast_dtype(options.dtype, spec.dtype, dialect.fused_dtype(spec.dtype))
-        origin = "changed"
-    elif is_float(spec.dtype) and spec.kind == "array":
-        dtype = cast_dtype(options.dtype_untouched, spec.dtype, spec.dtype)
-        origin = "copied" if dtype == spec.dtype else "cast"
-    if base is not None and base_spec is not None:
-        chunks.append(base.source.chunk(base_spec.path))
-    output = TensorSpec(spec.path, spec.shape, dtype, spec.kind)
-    read_block = _read_block(spec, [*chunks, tile] if tile else chunks)
+    dtype = output_dtype(change, options, inputs.dialect)
+    if change.sites:
+        tile = tile_of([site.parameters.equation for site in change.sites], start.shape)
+    if inputs.base is not None and base_spec is not None:
+        chunks.append(inputs.base.source.chunk(base_spec.path))
+    output = TensorSpec(change.path, start.shape, dtype, start.kind)
+    read_block = _read_block(start, [*chunks, tile] if tile else chunks)
     return Step(
         output=output,
-        source=spec,
-        origin=origin,
+        source=start,
+        before=change.before,
+        origin=_origin(change, dtype),
         read_block=read_block,
         write_block=_write_block(output, read_block, tile),
         tile=tile,
-        site=site,
+        sites=change.sites,
+        replacements=change.replacements,
         base=base_spec,
     )
 
 
-def _refuse_unfit_dtypes(
-    checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite | None, options: MergeOptions
-) -> None:
-    leaves = [spec]
-    if site is not None:
-        index = checkpoint.source.index()
-        leaves += [index.tensors[path] for path in site.factors.values()]
-        integers = [leaf for leaf in leaves if not is_float(leaf.dtype)]
-        if integers:
-            raise UnsupportedCheckpoint(
-                "a kernel or factor that is not floating-point, as if quantised",
-                where=f"{checkpoint.source.path} :: {integers[0].name}",
-                found=integers[0].dtype.name,
-                hint="merge into the checkpoint that it was quantised from",
-            )
-    flag, wanted = ("--dtype", options.dtype) if site else ("--dtype-untouched", options.dtype_untouched)
+def _origin(change: LeafChange, dtype: np.dtype[Any]) -> Origin:
+    if change.is_new:
+        return "created"
+    if change.sites:
+        return "changed"
+    if change.replacements:
+        return "replaced"
+    return "copied" if dtype == change.start.dtype else "cast"
+
+
+def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptions) -> None:
+    spec = change.start
+    path = inputs.checkpoint.source.path
+    if change.sites:
+        leaves = [(path, spec)]
+        for site in change.sites:
+            source = inputs.source(site.adapter)
+            leaves += [(source.path, source.index().tensors[factor.path]) for factor in site.factors.values()]
+        for where, leaf in leaves:
+            if not is_float(leaf.dtype):
+                raise UnsupportedCheckpoint(
+                    "a kernel or factor that is not floating-point, as if quantised",
+                    where=f"{where} :: {leaf.name}",
+                    found=leaf.dtype.name,
+                    hint="merge into the checkpoint that it was quantised from",
+                )
+    flag, wanted = ("--dtype", options.dtype) if change.changes else ("--dtype-untouched", options.dtype_untouched)
     if is_float8(spec.dtype) and wanted != "keep":
         raise UnsupportedCheckpoint(
             "a float8 leaf that would change its dtype",
-            where=f"{checkpoint.source.path} :: {spec.name}",
+            where=f"{path} :: {spec.name}",
             found=spec.dtype.name,
             hint=f"pass {flag} keep",
         )
-    if site is not None and spec.dtype == np.float64 and wanted == "keep":
+    if change.sites and spec.dtype == np.float64 and output_dtype(change, options, inputs.dialect) == np.float64:
         raise UnsupportedCheckpoint(
             "a float64 kernel under an adapter, and the arithmetic is float32",
-            where=f"{checkpoint.source.path} :: {spec.name}",
+            where=f"{path} :: {spec.name}",
             hint="pass --dtype float32",
         )
 
@@ -348,7 +347,7 @@ def _write_block(output: TensorSpec, read_block: Sequence[int], tile: Sequence[i
     return tuple(block)
 
 
-def _peak_bytes(steps: Sequence[Step], factors: Mapping[KeyPath, TensorSpec]) -> int:
+def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:
     """An estimate: the largest block read and what it was decoded from, and beside it what still waits to be stored."""
     reading = writing = 0
     waiting = _BYTES_IN_FLIGHT
@@ -361,5 +360,5 @@ def _peak_bytes(steps: Sequence[Step], factors: Mapping[KeyPath, TensorSpec]) ->
             read += math.prod(step.read_block) * step.base.dtype.itemsize
         reading = max(reading, read)
         writing = max(writing, math.prod(step.write_block) * step.output.dtype.itemsize)
-    held = max((spec.size for spec in factors.values()), default=0)
+    held = max((spec.size for spec in factors), default=0)
     return _RUNTIME_BYTES + 2 * reading + 2 * waiting + _PIPELINE * writing + held * _FACTOR_BYTES_PER_ENTRY

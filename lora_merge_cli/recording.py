@@ -7,12 +7,13 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.plan import MergePlan
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
@@ -29,7 +30,15 @@ from lora_merge_cli.survival import Moments, finite
 _PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
 
-def source_record(role: str, checkpoint: Checkpoint) -> SourceRecord:
+def source_records(inputs: Inputs) -> tuple[SourceRecord, ...]:
+    """The records of all that a merge reads."""
+    weights = iter(adapter.weight for adapter in inputs.adapters)
+    return tuple(
+        source_record(role, opened, next(weights) if role == "adapter" else None) for role, opened in inputs.opened
+    )
+
+
+def source_record(role: str, checkpoint: Checkpoint, weight: float | None = None) -> SourceRecord:
     """The record of one input."""
     return SourceRecord(
         role=role,
@@ -37,6 +46,7 @@ def source_record(role: str, checkpoint: Checkpoint) -> SourceRecord:
         format=checkpoint.format,
         step=checkpoint.step,
         fingerprint=checkpoint.source.fingerprint(),
+        weight=weight,
     )
 
 
@@ -63,6 +73,8 @@ def site_record(site: AdapterSite, spec: TensorSpec, dtype: str) -> SiteRecord:
         shape=spec.shape,
         source_dtype=spec.dtype.name,
         dtype=dtype,
+        adapter=site.adapter,
+        weight=site.weight,
     )
 
 
@@ -105,11 +117,14 @@ def _survival(moments: Moments, dtypes: Sequence[str]) -> tuple[SurvivalRecord, 
     return tuple(SurvivalRecord(**dataclasses.asdict(moments.survival(dtype))) for dtype in dtypes)
 
 
-def group_records(dialect: Dialect, index: Index, groups: Mapping[KeyPath, Group]) -> tuple[GroupRecord, ...]:
-    """What the fine-tune did to which part of the model."""
+def group_records(
+    dialect: Dialect, index: Index, groups: Mapping[KeyPath, Group], replaced: Collection[KeyPath] = ()
+) -> tuple[GroupRecord, ...]:
+    """What the fine-tune did to which part of the model; what an adapter replaces it trained."""
     cells: dict[tuple[str, str], list[TensorSpec]] = {}
     for path, spec in index.tensors.items():
-        cells.setdefault((dialect.part(path), groups[path]), []).append(spec)
+        status: Group = "trained" if path in replaced and groups[path] == "frozen" else groups[path]
+        cells.setdefault((dialect.part(path), status), []).append(spec)
     return tuple(
         GroupRecord(
             part,
@@ -122,20 +137,31 @@ def group_records(dialect: Dialect, index: Index, groups: Mapping[KeyPath, Group
     )
 
 
-def copied_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
-    """The leaves that no adapter touches."""
+def leaf_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
+    """The leaves that no delta is added to."""
     return tuple(
-        LeafRecord(s.output.name, s.origin, s.output.dtype.name, s.output.nbytes)
-        for s in plan.steps
-        if s.origin != "changed"
+        LeafRecord(
+            step.output.name,
+            step.origin,
+            step.output.dtype.name,
+            step.output.nbytes,
+            ", ".join(dict.fromkeys(found.reason for found in step.replacements)) or None,
+        )
+        for step in plan.steps
+        if not step.sites
     )
 
 
-def dropped_records(plan: MergePlan, left_out: Mapping[str, str]) -> tuple[DroppedRecord, ...]:
+def dropped_records(inputs: Inputs, plan: MergePlan) -> tuple[DroppedRecord, ...]:
     """The factors that were merged, the leaves that were dropped, and the folders that were left out."""
-    factors = (DroppedRecord(display(path), "adapter factor, merged into its kernel") for path in plan.factors)
-    leaves = (DroppedRecord(display(leaf.path), leaf.reason) for leaf in plan.dropped)
-    folders = (DroppedRecord(f"{name} (beside the parameters)", reason) for name, reason in left_out.items())
+
+    def name(adapter: int | None, path: KeyPath) -> str:
+        return display(path) if adapter is None else f"{inputs.source(adapter).path} :: {display(path)}"
+
+    factors = (DroppedRecord(name(*key), "adapter factor, merged into its kernel") for key in plan.factors)
+    leaves = (DroppedRecord(name(leaf.adapter, leaf.path), leaf.reason) for leaf in plan.dropped)
+    left_out = inputs.checkpoint.left_out.items()
+    folders = (DroppedRecord(f"{entry} (beside the parameters)", reason) for entry, reason in left_out)
     return (*factors, *leaves, *folders)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -70,9 +70,9 @@ class Constant:
     path: KeyPath
     """Where it sits in the tree."""
     kind: str
-    """The format's own word for it, for example ``Dict``, ``None`` or ``string``."""
+    """``Dict``, ``List`` or ``Tuple`` (empty ones), ``None``, ``string``, ``int``, ``float`` or ``bool``."""
     value: str | None = None
-    """The text of a string."""
+    """The text of a string, or the Python literal of a number."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Index:
     """Every array, in the checkpoint's order."""
     constants: tuple[Constant, ...] = ()
     """Every part that is no array."""
+    shared: Mapping[KeyPath, KeyPath] = field(default_factory=dict)
+    """Arrays that are stored once under several paths: each later path, with the first one."""
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -130,6 +132,28 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """An adapter's leaf, or the part of it that one site's equation takes."""
+
+    path: KeyPath
+    """The leaf."""
+    shape: tuple[int, ...] | None = None
+    """What it is reshaped to first, row-major; as stored if None."""
+    at: tuple[int | slice, ...] = ()
+    """Which part is then taken, axis by axis from the first one: an index drops its axis. All of it if empty."""
+
+    def of(self, leaf: Array) -> Array:
+        """The part that the site takes of the whole leaf."""
+        return (leaf if self.shape is None else leaf.reshape(self.shape))[self.at]
+
+    def extents(self, leaf: Sequence[int]) -> tuple[int, ...]:
+        """The shape of that part, for a leaf of the given shape."""
+        # A view of one byte has the shape and none of the memory.
+        blank = np.broadcast_to(np.zeros((), np.int8), self.shape or tuple(leaf))
+        return tuple(int(extent) for extent in blank[self.at].shape)
+
+
+@dataclass(frozen=True)
 class AdapterSite:
     """A kernel with an adapter."""
 
@@ -137,8 +161,9 @@ class AdapterSite:
     """The leaves that the adapter changes."""
     operation: str
     """The name of the operation that changes them."""
-    factors: Mapping[str, KeyPath]
-    """The adapter's leaves by role, for example ``lora_a`` and ``lora_b``."""
+    factors: Mapping[str, Factor]
+    """The adapter's leaves by role: ``lora_a`` and ``lora_b``, with DoRA ``magnitude``. Without a ``lora_a``, as for a bias that
+    has no inputs, that is a one: its dims are the rank alone, of extent 1."""
     parameters: LowRank
     """What the operation needs to know."""
     forward: Forward
@@ -149,6 +174,10 @@ class AdapterSite:
     """The kind of module, for example ``q_einsum``."""
     label: str
     """A short name for tables and globs, unique in the checkpoint or nearly so."""
+    adapter: int | None = None
+    """Which of the adapters beside the checkpoint holds the factors, from 0; None where the checkpoint does."""
+    weight: float = 1.0
+    """What the adapter's change is multiplied by; 1 is as trained."""
 
     @property
     def name(self) -> str:
@@ -162,6 +191,38 @@ class Dropped:
 
     path: KeyPath
     """The leaf."""
+    reason: str
+    """Why, in words."""
+    adapter: int | None = None
+    """Which of the adapters beside the checkpoint it is in, from 0; None for the checkpoint itself."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Values that an adapter brings instead of a leaf's own: the whole leaf, or some of its rows."""
+
+    target: KeyPath
+    """The leaf; one that the checkpoint does not have is created."""
+    path: KeyPath
+    """The adapter's leaf."""
+    reason: str
+    """Why it is there, for example ``modules_to_save``."""
+    rows: tuple[int, ...] | None = None
+    """Which row of the target each of the adapter's rows stands for; None for the whole leaf."""
+    adapter: int | None = None
+    """Which of the adapters beside the checkpoint holds it, from 0."""
+    weight: float = 1.0
+    """What the change from the leaf's own values is multiplied by."""
+
+
+@dataclass(frozen=True)
+class Created:
+    """An output leaf that the checkpoint does not have, and that starts as a copy of one that it has."""
+
+    path: KeyPath
+    """The new leaf."""
+    source: KeyPath
+    """What it starts as."""
     reason: str
     """Why, in words."""
 
@@ -192,6 +253,48 @@ class Survey:
     """Why a merge must be refused, worst first; empty when nothing stands in its way."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know."""
+    warnings: tuple[str, ...] = ()
+    """What should make a reader stop."""
+    replacements: tuple[Replacement, ...] = ()
+    """What the adapter brings whole."""
+    created: tuple[Created, ...] = ()
+    """Leaves that the output has besides the checkpoint's, for example a head that is no longer tied."""
+    equal: tuple[tuple[KeyPath, KeyPath], ...] = ()
+    """Pairs of leaves whose values must be the same, bit for bit, for the merge to be right."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the merge changes in the model's configuration, by key; a dotted key is a nested one."""
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapted module, as an adapter alone describes it."""
+
+    module: str
+    """The module's name in the adapter."""
+    rank: int
+    """Its rank."""
+    scale: Scale
+    """What its product is multiplied by."""
+    shape: tuple[int, int]
+    """Outputs and inputs, as far as the factors say."""
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What an adapter is, from its keys and its configuration alone."""
+
+    method: str
+    """For example ``LoRA``, ``rsLoRA`` or ``DoRA``."""
+    base: str | None
+    """The base that it names."""
+    rows: tuple[AdapterRow, ...]
+    """Every adapted module."""
+    riding: tuple[str, ...]
+    """What else it brings: whole tensors, token rows, biases, each with the reason."""
+    problems: tuple[Exception, ...] = ()
+    """Why it would be refused whatever the base."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know."""
 
 
 def full_region(shape: Sequence[int]) -> Region:

@@ -30,7 +30,7 @@ class SourceRecord(_Record):
     """One input."""
 
     role: str
-    """``checkpoint`` (with the adapters), ``base``, ``merged``, ``a`` or ``b``."""
+    """``checkpoint`` (what is merged into), ``adapter`` (beside it, in their order), ``base``, ``merged``, ``a`` or ``b``."""
     path: str
     """Where it was read from."""
     format: str
@@ -39,6 +39,8 @@ class SourceRecord(_Record):
     """The training step, where known."""
     fingerprint: str
     """A digest of its metadata and of the names and sizes of its files."""
+    weight: float | None = None
+    """What an adapter's change is multiplied by; null for what is no adapter."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,16 @@ class SiteRecord(_Record):
     """The kernel's dtype before the merge."""
     dtype: str
     """The kernel's dtype after it."""
+    adapter: int | None = None
+    """Which of the adapters beside the checkpoint it is of, from 0; null if they are inside."""
+    weight: float = 1.0
+    """What that adapter's change is multiplied by. The figures below are of all adapters on the kernel together."""
     relative_norm: float | None = None
     """``|delta| / |kernel|``, Frobenius."""
     max_abs: float | None = None
     """The largest entry of the delta, absolute."""
     spectrum: tuple[float, ...] = ()
-    """Singular values of the scaled delta, descending, as root mean squares over layers and heads."""
+    """Singular values of this site's product of factors, scaled, descending, as root mean squares over layers and heads."""
     adapter_digest: str | None = None
     """A digest of the factors' names, shapes, dtypes and values."""
     non_finite: int = 0
@@ -143,16 +149,18 @@ class SiteRecord(_Record):
 
 @dataclass(frozen=True)
 class LeafRecord(_Record):
-    """An output leaf that no adapter touched."""
+    """An output leaf that no delta was added to."""
 
     path: str
     """Its name."""
     origin: str
-    """``copied`` or ``cast``."""
+    """``copied``, ``cast``, ``replaced`` (an adapter's own values, in whole or in rows) or ``created``."""
     dtype: str
     """As stored."""
     nbytes: int
     """Its size when decoded."""
+    reason: str | None = None
+    """Why an adapter brings it; null where none does."""
 
 
 @dataclass(frozen=True)
@@ -310,9 +318,11 @@ class MergeReport(ModelReport):
     status: Literal["planned", "merged", "rejected"]
     """``rejected``: a check failed, and nothing appeared at the output."""
     output: str | None
-    """The directory that was created."""
+    """The directory or file that was created."""
+    output_format: str
+    """The format that it is written in."""
     copied: tuple[LeafRecord, ...]
-    """The output's leaves that no adapter touched."""
+    """The output's leaves that no delta was added to."""
     dropped: tuple[DroppedRecord, ...]
     """What the output does not have, and why."""
     output_bytes: int

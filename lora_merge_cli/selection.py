@@ -3,39 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import UsageError
-from lora_merge_cli.records import AdapterSite, Dropped, KeyPath, display, glob_matches
+from lora_merge_cli.records import AdapterSite, Dropped, KeyPath, Replacement, Survey, display, glob_matches
 
 
-def select_sites(
-    dialect: Dialect, sites: Sequence[AdapterSite], include: Sequence[str], exclude: Sequence[str]
-) -> tuple[tuple[AdapterSite, ...], tuple[AdapterSite, ...]]:
-    """The sites that `--include` and `--exclude` choose, and the others.
+@dataclass(frozen=True)
+class Selection:
+    """What is merged, and what is left out."""
+
+    sites: tuple[AdapterSite, ...]
+    replacements: tuple[Replacement, ...]
+    excluded_sites: tuple[AdapterSite, ...]
+    excluded_replacements: tuple[Replacement, ...]
+
+    def __bool__(self) -> bool:
+        """Whether anything is merged."""
+        return bool(self.sites or self.replacements)
+
+    @property
+    def excluded(self) -> int:
+        """How many sites and replacements are left out."""
+        return len(self.excluded_sites) + len(self.excluded_replacements)
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        """The adapter leaves that are left out."""
+        used = {(site.adapter, factor.path) for site in self.sites for factor in site.factors.values()}
+        used |= {(found.adapter, found.path) for found in self.replacements}
+        left = {
+            **{(site.adapter, factor.path): None for site in self.excluded_sites for factor in site.factors.values()},
+            **{(found.adapter, found.path): None for found in self.excluded_replacements},
+        }
+        reason = "left out by --include or --exclude"
+        return [Dropped(path, reason, adapter) for adapter, path in left if (adapter, path) not in used]
+
+
+def select(dialect: Dialect, survey: Survey, include: Sequence[str], exclude: Sequence[str]) -> Selection:
+    """What `--include` and `--exclude` choose of the sites and replacements.
 
     Raises:
-        UsageError: A glob matches no site.
+        UsageError: A glob matches none.
     """
-    names = {site.name: _names(dialect, site) for site in sites}
+    names: dict[KeyPath, tuple[KeyPath, ...]] = {
+        found.target: (found.target, dialect.canonical(found.target)) for found in survey.replacements
+    }
+    names |= {site.targets[0]: _names(dialect, site) for site in survey.sites}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
-            if sites and not any(matches_any(found, (pattern,)) for found in names.values()):
+            if names and not any(matches_any(found, (pattern,)) for found in names.values()):
                 raise UsageError(
                     f"{flag} {pattern!r} matches no site",
-                    expected=f"a glob for names such as {display(names[sites[0].name][-1])}",
+                    expected=f"a glob for names such as {display(next(iter(names.values()))[-1])}",
                 )
 
-    def wanted(site: AdapterSite) -> bool:
-        included = not include or matches_any(names[site.name], include)
-        return included and not matches_any(names[site.name], exclude)
+    def wanted(target: KeyPath) -> bool:
+        included = not include or matches_any(names[target], include)
+        return included and not matches_any(names[target], exclude)
 
-    return tuple(filter(wanted, sites)), tuple(site for site in sites if not wanted(site))
-
-
-def excluded_factors(excluded: Sequence[AdapterSite]) -> list[Dropped]:
-    """The factors of sites that are left out."""
-    return [Dropped(path, "left out by --include or --exclude") for site in excluded for path in site.factors.values()]
+    return Selection(
+        tuple(site for site in survey.sites if wanted(site.targets[0])),
+        tuple(found for found in survey.replacements if wanted(found.target)),
+        tuple(site for site in survey.sites if not wanted(site.targets[0])),
+        tuple(found for found in survey.replacements if not wanted(found.target)),
+    )
 
 
 def matches_any(names: Iterable[KeyPath], patterns: Sequence[str]) -> bool:

@@ -77,8 +77,14 @@ def check_space(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def staged(target: Path, *, overwrite: bool, files: Sequence[str] | None = None) -> Iterator[Path]:
     """An empty directory beside `target` that becomes it when the block ends well, and vanishes otherwise.
+
+    Args:
+        target: What appears.
+        overwrite: Whether it may replace something.
+        files: Where the target is a file: its name, and the names of others that appear beside it; all are expected in the
+            directory. None where the target is the directory itself.
 
     Leftovers of runs that died are removed: a run holds a lock on its staging directory as long as it lives.
 
@@ -102,7 +108,12 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         with lock:
             yield inner
             with filesystem(target):
-                _publish(inner, target, stage, overwrite=overwrite)
+                if files is None:
+                    _publish(inner, target, stage, overwrite=overwrite)
+                else:
+                    # The main file comes last: once it is there, so is what stands beside it.
+                    for name in reversed(files):
+                        _publish(inner / name, target.with_name(name), stage, overwrite=overwrite)
             complete = True
     finally:
         _clear(stage, target)
@@ -120,17 +131,23 @@ def _publish(inner: Path, target: Path, stage: Path, *, overwrite: bool) -> None
     if os.path.lexists(target):
         if not overwrite:
             raise OutputExists("something appeared at the output meanwhile", where=target)
-        target.rename(stage / _OLD)
+        target.rename(_kept(stage, target))
     inner.rename(target)
+
+
+def _kept(stage: Path, target: Path) -> Path:
+    """Where an old output waits until the new one is in its place."""
+    return stage / f"{_OLD}-{target.name}"
 
 
 def _clear(stage: Path, target: Path) -> None:
     """Remove a staging directory; an old output that nothing replaced goes back first."""
-    old = stage / _OLD
-    if os.path.lexists(old) and not os.path.lexists(target):
-        old.rename(target)
-    if old.is_symlink() or old.is_file():
-        old.unlink()
+    for old in stage.glob(f"{_OLD}-*"):
+        place = target.with_name(old.name.removeprefix(f"{_OLD}-"))
+        if not os.path.lexists(place):
+            old.rename(place)
+        elif old.is_symlink() or old.is_file():
+            old.unlink()
     shutil.rmtree(stage, ignore_errors=True)
     with contextlib.suppress(OSError):
         _lock_of(stage).unlink(missing_ok=True)

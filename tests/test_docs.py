@@ -65,10 +65,10 @@ def test_every_exit_code_is_documented() -> None:
 
 
 def test_the_equations_in_the_docs_are_the_dialects() -> None:
-    from lora_merge_cli.dialects import ScaleOptions
+    from lora_merge_cli.dialects import ScaleOptions, Subject, Tree
     from lora_merge_cli.dialects.openpi import OpenPI
 
-    sites = OpenPI().survey(layout_index("pi0_lora"), ScaleOptions(), "x").sites
+    sites = OpenPI().survey(Subject(Tree(layout_index("pi0_lora"), "x")), ScaleOptions()).sites
     for site in sites:
         row = next(line for line in DOCS["openpi.md"].splitlines() if f"/{site.module}" in line and "|" in line)
         assert f"`{site.parameters.equation}`" in row

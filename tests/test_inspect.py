@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lora_merge_cli.assets import check_assets
 from lora_merge_cli.dialects import DIALECTS
+from lora_merge_cli.dialects import ScaleOptions, Subject, Tree
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.records import Index, TensorSpec
@@ -45,15 +46,13 @@ def layout_index(name: str) -> Index:
 def test_real_layouts(layout: str, model: str, sites: int, stated: set[str]) -> None:
     index = layout_index(layout)
     dialect = OpenPI()
-    from lora_merge_cli.dialects import ScaleOptions
-
-    survey = dialect.survey(index, ScaleOptions(), "x")
+    survey = dialect.survey(Subject(Tree(index, "x")), ScaleOptions())
     assert dialect.summary(index).name == model
     assert len(survey.sites) == sites and not survey.problems and not survey.dropped
     assert all(site.parameters.scale.value == 1.0 for site in survey.sites)
     attention = [s.parameters.scale for s in survey.sites if s.module not in ("gating_einsum", "linear")]
     assert all(scale.assumed and "assumed" in scale.source for scale in attention)
-    claimed = [path for site in survey.sites for path in site.factors.values()]
+    claimed = [factor.path for site in survey.sites for factor in site.factors.values()]
     assert len(claimed) == len(set(claimed)) == 2 * sites
     assert {p for p in index.tensors if any("lora" in str(part) for part in p)} == set(claimed)
     groups = dialect.grouping(index, survey.sites)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge_cli.dialects import detect_dialect
 from lora_merge_cli.dialects.interface import ScaleOptions
-from lora_merge_cli.formats import open_checkpoint
-from lora_merge_cli.plan import MergeOptions, plan_merge
+from lora_merge_cli.inputs import open_inputs
+from lora_merge_cli.options import MergeOptions
+from lora_merge_cli.plan import plan_merge
 from lora_merge_cli.records import full_region, glob_matches, grid, region_shape
 from tests.checkpoints import restore_flat, save_step
 from tests.command import run
@@ -29,30 +29,28 @@ def step(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("exclude", [(), ("**/mlp/**",), ("**/attn/**", "**/mlp_1/linear/**")])
 def test_every_input_leaf_goes_exactly_one_way(exclude: tuple[str, ...], step: Path) -> None:
-    checkpoint = open_checkpoint(step)
-    index = checkpoint.source.index()
-    scales = ScaleOptions({"": 3.0})
-    plan = plan_merge(checkpoint, detect_dialect(index), MergeOptions(scales, exclude=exclude))
+    inputs = open_inputs(step)
+    index = inputs.checkpoint.source.index()
+    plan = plan_merge(inputs, MergeOptions(ScaleOptions({"": 3.0}), exclude=exclude))
     kept = [s.source.path for s in plan.steps]
-    ways = [*kept, *plan.factors, *(leaf.path for leaf in plan.dropped)]
+    ways = [*kept, *(path for _, path in plan.factors), *(leaf.path for leaf in plan.dropped)]
     assert sorted(ways) == sorted(index.tensors)
     assert len({s.output.path for s in plan.steps}) == len(plan.steps)
     for s in plan.steps:
-        assert (s.origin == "changed") == (s.site is not None)
+        assert (s.origin == "changed") == bool(s.sites)
 
 
 def test_blocks_are_whole_tiles_and_whole_chunks(tmp_path: Path) -> None:
     step = save_step(tmp_path / "5", nest(build(PALIGEMMA, ACTION).leaves), chunk_bytes=300)
-    checkpoint = open_checkpoint(step)
-    index = checkpoint.source.index()
-    plan = plan_merge(checkpoint, detect_dialect(index), MergeOptions(ScaleOptions({"": 3.0})))
+    inputs = open_inputs(step)
+    plan = plan_merge(inputs, MergeOptions(ScaleOptions({"": 3.0})))
     for s in plan.steps:
-        chunk = checkpoint.source.chunk(s.source.path)
+        chunk = inputs.checkpoint.source.chunk(s.source.path)
         for block, unit, n in zip(s.read_block, chunk, s.source.shape, strict=True):
             assert block == n or block % unit == 0
         for outer, inner, n in zip(s.read_block, s.write_block, s.source.shape, strict=True):
             assert outer % inner == 0 or outer == n
-        if s.site is not None:
+        if s.sites:
             for outer, inner, n in zip(s.write_block, s.tile, s.source.shape, strict=True):
                 assert outer % inner == 0 or outer == n
 

@@ -95,6 +95,7 @@ MERGE = MergeReport(
     **MODEL,
     status="merged",
     output="/out",
+    output_format="orbax",
     copied=(LeafRecord("params/bias", "copied", "float32", 32),),
     dropped=(DroppedRecord("params/q/lora_a", "merged"),),
     output_bytes=64,

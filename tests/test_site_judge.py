@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge_cli.dialects.interface import ScaleOptions
+from lora_merge_cli.dialects import ScaleOptions, Subject, Tree
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.records import AdapterSite, Index, TensorSpec, full_region, grid
+from lora_merge_cli.verification.adapted import Adapted
 from lora_merge_cli.verification.model_layer import INPUTS, layer_inputs
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 from tests.trees import BFLOAT16, dense
@@ -30,7 +31,8 @@ def site_of(module: str, shapes: tuple[tuple[int, ...], ...], alpha: float) -> A
         TensorSpec(("params", "attn", module, part), (2, *shape), np.dtype(np.float32))
         for part, shape in zip(parts, shapes, strict=True)
     ]
-    survey = OpenPI().survey(Index({spec.path: spec for spec in specs}), ScaleOptions({"": alpha}), "x")
+    tree = Tree(Index({spec.path: spec for spec in specs}), "x")
+    survey = OpenPI().survey(Subject(tree), ScaleOptions({"": alpha}))
     return survey.sites[0]
 
 
@@ -38,7 +40,8 @@ def judged(
     site: AdapterSite, w: Any, a: Any, b: Any, merged: Any, block: tuple[int, ...] | None = None, ulps: float = 0.5
 ) -> dict[int, LayerVerdict]:
     terms = Terms(BFLOAT16, ulps, 1.0)
-    judge = SiteJudge("x", site, w.shape, {"lora_a": a, "lora_b": b}, merged.dtype, terms, range(2))
+    adapted = Adapted(site, a.astype(np.float64), b.astype(np.float64), 1.0)
+    judge = SiteJudge("x", [adapted], w.shape, merged.dtype, terms, range(2))
     with ThreadPoolExecutor(2) as pool:
         for region in grid(full_region(w.shape), block or w.shape):
             judge.take(region, w[region], merged[region], None, pool)

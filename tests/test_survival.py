@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.lowrank import delta_singular_values, input_basis
-from lora_merge_cli.operations.add_delta import AddDelta
+from lora_merge_cli.operations import KernelUpdate, operation_named, tile_of
 from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, full_region, grid
 from lora_merge_cli.survival import Moments, Survival
 from tests.checkpoints import save_step
@@ -32,6 +32,11 @@ EQUATIONS = {
     "lgdr,lgrf->lgdf": {"l": 3, "g": 2, "d": 6, "r": 8, "f": 5},
 }
 SERVING = np.dtype(ml_dtypes.bfloat16)
+
+
+def update_of(site: AdapterSite, w: Any, a: Any, b: Any, dtype: Any) -> KernelUpdate:
+    contribution = operation_named(site.operation).contribute(site, {"lora_a": a, "lora_b": b}, 1.0, None)
+    return KernelUpdate("w", site.parameters.equation, w.shape, [contribution], dtype, SERVING, jax.devices()[0])
 
 
 def site_for(equation: str, rank: int, scale: float) -> AdapterSite:
@@ -66,16 +71,7 @@ def compute(
     base: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[Moments, ...]]:
     site = site_for(equation, EQUATIONS[equation]["r"], scale)
-    update = AddDelta().init(
-        site,
-        "w",
-        w.shape,
-        {"lora_a": a, "lora_b": b},
-        dtype_named(dtype),
-        SERVING,
-        1.0,
-        jax.devices()[0],
-    )
+    update = update_of(site, w, a, b, dtype_named(dtype))
     result = np.empty(w.shape, dtype_named(dtype))
     tiles = list(grid(full_region(w.shape), small_tile(site, w.shape)))
     if order is not None:
@@ -214,9 +210,7 @@ def test_singular_values_come_from_the_factors(equation: str) -> None:
 def test_unfinished_updates_are_noticed() -> None:
     a, b, w = make("ir,ro->io", 0, 0.1)
     site = site_for("ir,ro->io", 3, 1.0)
-    update = AddDelta().init(
-        site, "w", w.shape, {"lora_a": a, "lora_b": b}, np.dtype(np.float32), SERVING, 1.0, jax.devices()[0]
-    )
+    update = update_of(site, w, a, b, np.dtype(np.float32))
     half = (slice(0, 6), slice(0, 10))
     update.step(half, w[half], None).result()
     with pytest.raises(RuntimeError, match="not every tile"):
@@ -228,7 +222,7 @@ def test_tiles_depend_on_the_shape_alone_and_stay_small(shape: list[int]) -> Non
     dims = "lnhd"[-len(shape) :] if len(shape) < 5 else "lcndh"
     equation = f"{dims[:-1]}r,{dims[0]}r{dims[-1]}->{dims}" if len(shape) > 2 else "nr,rd->nd"
     site = site_for(equation, 4, 1.0)
-    tile = AddDelta().tile(site, shape)
+    tile = tile_of([site.parameters.equation], shape)
     assert all(1 <= part <= max(n, 1) for part, n in zip(tile, shape, strict=True))
     assert int(np.prod(tile)) <= 2**20
     for dim, part in zip(site.parameters.equation.target, tile, strict=True):
@@ -246,7 +240,7 @@ def test_no_two_sites_of_a_real_model_need_more_than_a_few_compilations() -> Non
     matrices = set()
     for equation, shape in shapes.items():
         site = site_for(equation, 16, 1.0)
-        tile = AddDelta().tile(site, shape)
+        tile = tile_of([site.parameters.equation], shape)
         matrices.add(tuple(itertools.accumulate(t for t in tile if t > 1))[-1:] + tile[-1:])
         assert all(n % part == 0 for n, part in zip(shape, tile, strict=True)), (equation, tile)
     assert len(matrices) <= 2

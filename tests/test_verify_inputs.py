@@ -154,14 +154,14 @@ def test_merge_verify_publishes_with_its_checks(case: Case) -> None:
 def test_a_merge_that_fails_its_verification_never_appears(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_merge_cli.operations.add_delta import LowRankUpdate
+    from lora_merge_cli.operations import KernelUpdate
 
-    right = LowRankUpdate.take
+    right = KernelUpdate.take
 
     def off_by_one_percent(self: Any, region: Any, tile: Any) -> Any:
         return right(self, region, tile) * np.float32(1.01)
 
-    monkeypatch.setattr(LowRankUpdate, "take", off_by_one_percent)
+    monkeypatch.setattr(KernelUpdate, "take", off_by_one_percent)
     output, report = tmp_path / "out", tmp_path / "report.json"
     flags = ["--verify", "--report", report, "--report", output / "inside.json"]
     outcome = run("merge", case.step, "-o", output, *ALPHAS, *flags)

@@ -15,28 +15,44 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge inspect checkpoints/run/29999 --stats --base pi0_base
 
+  lora-merge inspect runs/adapter
+
+  lora-merge inspect Llama-base/ --adapter runs/adapter
+
   lora-merge inspect checkpoints/run/29999 --json | jq .sites"""
 
 
 def inspect(
     checkpoint: options.CheckpointArgument,
+    adapter: options.Adapters = None,
     base: options.Base = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Read the arrays: norms of the deltas, effective ranks, non-finite entries.")
     ] = False,
     step: options.Step = None,
+    dialect: options.DialectOption = None,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show what a checkpoint is: its adapters and their scales, and what the fine-tune froze and trained."""
+    """Show what a checkpoint or an adapter is: sites, ranks and scales, and what the fine-tune froze and trained."""
     with boundary(verbose=verbose):
-        from lora_merge_cli._cli.parsing import parse_scales
+        from lora_merge_cli._cli.parsing import parse_adapters, parse_scales
         from lora_merge_cli.inspection import InspectRequest
         from lora_merge_cli.inspection import inspect as run
 
-        found = run(InspectRequest(checkpoint, step, base, stats, parse_scales(lora_alpha, rslora)))
+        found = run(
+            InspectRequest(
+                checkpoint,
+                parse_adapters(adapter),
+                step=step,
+                base=base,
+                stats=stats,
+                scales=parse_scales(lora_alpha, rslora),
+                dialect=dialect,
+            )
+        )
         if as_json:
             from lora_merge_cli._cli.output import print_json
 

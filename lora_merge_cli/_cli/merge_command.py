@@ -18,6 +18,12 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge merge checkpoints/run/29999 --base pi0_base -o merged/29999 --verify --report merged.html
 
+  lora-merge merge Llama-base/ --adapter runs/adapter -o merged/
+
+  lora-merge merge full_sft_512.pth --adapter lora_identity_512.pth -o merged_512.pth
+
+  lora-merge merge base/ --adapter style/@0.7 --adapter noise/@-0.4 -o merged/ --to safetensors
+
   lora-merge merge checkpoints/run/29999 --dry-run --json
 
 Exit codes: 0 done; 1 --verify failed; 2 usage; 3 input missing or corrupt; 4 refused; 5 output exists;
@@ -28,19 +34,34 @@ def merge(
     checkpoint: options.CheckpointArgument,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="The directory to create.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="The directory to create, or the file if it ends in .safetensors or .pth.",
+            show_default=False,
+        ),
     ] = None,
+    adapter: options.Adapters = None,
     base: options.Base = None,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
     scale: options.Scale = 1.0,
     dtype: Annotated[
-        options.Dtype, typer.Option(help="Of the kernels that change; auto: float32 for OpenPI.")
+        options.Dtype, typer.Option(help="Of the leaves that change; auto: float32 for OpenPI, else the base's.")
     ] = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
     step: options.Step = None,
+    dialect: options.DialectOption = None,
+    residual_base: options.ResidualBase = False,
+    to: Annotated[
+        options.OutputFormat, typer.Option(help="The format to write; auto: by OUT's suffix, else that of CKPT.")
+    ] = options.OutputFormat.auto,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="The largest file of safetensors, as in 5GB or 500MB.")
+    ] = "5GB",
     device: Annotated[
         str | None,
         typer.Option(help="The JAX device, such as cpu or cuda:0; JAX's default if not given.", show_default=False),
@@ -61,10 +82,11 @@ def merge(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fuse the adapters inside a checkpoint into its kernels and write a dense checkpoint."""
+    """Fuse the adapters inside a checkpoint, or beside it, into its kernels and write a dense checkpoint."""
     with boundary(verbose=verbose):
         from lora_merge_cli._cli.allocator import keep_freed_memory
         from lora_merge_cli._cli.output import Output
+        from lora_merge_cli._cli.parsing import parse_adapters, parse_size
         from lora_merge_cli.errors import UsageError, VerificationFailed
         from lora_merge_cli.merging import MergeRequest, prepare
         from lora_merge_cli.merging import merge as run
@@ -73,13 +95,30 @@ def merge(
         # Before the first thread: each would take its memory from an arena of its own.
         keep_freed_memory()
         if output is None and not dry_run:
-            raise UsageError("an output directory is needed", hint="pass -o OUT, or --dry-run")
+            raise UsageError("an output is needed", hint="pass -o OUT, or --dry-run")
         if not verify and (strict or sample is not None):
             raise UsageError("--strict and --sample are for --verify")
-        asked = options.merge_options(lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude)
+        asked = options.merge_options(
+            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
+        )
         judging = Judging(sample, min_gain, strict) if verify else None
-        prepared = prepare(MergeRequest(checkpoint, output, base, step, overwrite, device, asked, judging))
-        out = Output(report, prepared.request.output, prepared.inputs, github, as_json, quiet, dry_run=dry_run)
+        prepared = prepare(
+            MergeRequest(
+                checkpoint,
+                output,
+                adapters=parse_adapters(adapter),
+                base=base,
+                step=step,
+                dialect=dialect,
+                to=to,
+                max_shard_bytes=parse_size(max_shard_size),
+                overwrite=overwrite,
+                device=device,
+                options=asked,
+                verify=judging,
+            )
+        )
+        out = Output(report, prepared.request.output, prepared.input_paths, github, as_json, quiet, dry_run=dry_run)
         with out.reports:
             if dry_run:
                 done = prepared.report()

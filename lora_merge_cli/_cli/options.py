@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from lora_merge_cli.plan import MergeOptions
+    from lora_merge_cli.options import MergeOptions
 
 
 class Dtype(enum.StrEnum):
@@ -43,6 +43,24 @@ class DtypeUntouched(enum.StrEnum):
     float16 = "float16"
 
 
+class OutputFormat(enum.StrEnum):
+    """Values of ``--to``."""
+
+    auto = "auto"
+    orbax = "orbax"
+    safetensors = "safetensors"
+    pth = "pth"
+
+
+class DialectName(enum.StrEnum):
+    """Values of ``--dialect``."""
+
+    openpi = "openpi"
+    nnx = "nnx"
+    peft = "peft"
+    minimind = "minimind"
+
+
 class Rounding(enum.StrEnum):
     """Values of ``--rounding`` of a verification."""
 
@@ -65,13 +83,33 @@ CheckpointArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="A run, step or params/ directory; of a run, the newest step is taken.",
+        help="An Orbax run, step or params/ directory, a model's directory of safetensors, or a .safetensors or .pth file.",
         show_default=False,
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER[@WEIGHT]",
+        help="An adapter beside CKPT, its base: a directory or a file; the weight multiplies its whole change. Repeatable.",
+        show_default=False,
+    ),
+]
+DialectOption = Annotated[
+    DialectName | None,
+    typer.Option(help="How the adapters are spelled, where that is not plain to see.", show_default=False),
+]
+ResidualBase = Annotated[
+    bool,
+    typer.Option(
+        "--residual-base",
+        help="CKPT is the residual that the adapter's initialisation (PiSSA, OLoRA, ...) left, not the original model.",
     ),
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(help="The float32 checkpoint that the fine-tune started from.", show_default=False),
+    typer.Option(help="The float32 checkpoint that a fine-tune with adapters inside started from.", show_default=False),
 ]
 Step = Annotated[int | None, typer.Option(help="Which step of a run directory.", show_default=False)]
 LoraAlpha = Annotated[
@@ -133,10 +171,11 @@ def merge_options(
     dtype_untouched: str,
     include: list[str] | None,
     exclude: list[str] | None,
+    residual_base: bool,
 ) -> MergeOptions:
     """What a merge, and its judge, are asked for."""
     from lora_merge_cli._cli.parsing import parse_scales
-    from lora_merge_cli.plan import MergeOptions
+    from lora_merge_cli.options import MergeOptions
 
     return MergeOptions(
         parse_scales(lora_alpha, rslora),
@@ -145,4 +184,5 @@ def merge_options(
         dtype_untouched,
         tuple(include or ()),
         tuple(exclude or ()),
+        residual_base,
     )

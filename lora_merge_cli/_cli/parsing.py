@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_merge_cli.dialects import DIALECTS, ScaleOptions
 from lora_merge_cli.errors import UsageError
+from lora_merge_cli.inputs import AdapterChoice
 
 EVERY_GROUP = "all"
 
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 
-_GROUPS = tuple(dict.fromkeys(group for dialect in DIALECTS for group in dialect.groups))
+_GROUPS = tuple(dict.fromkeys(group for dialect in DIALECTS for group in dialect.groups if group))
 
 
 def parse_scales(alpha: str | None, rslora: str | None) -> ScaleOptions:
@@ -30,6 +32,36 @@ def parse_scales(alpha: str | None, rslora: str | None) -> ScaleOptions:
         {} if alpha is None else _alphas(alpha),
         frozenset() if rslora is None else frozenset(_rslora_groups(rslora)),
     )
+
+
+def parse_adapters(values: Sequence[str] | None) -> tuple[AdapterChoice, ...]:
+    """The values of ``--adapter``: a path, or a path and its weight after an ``@`` that a number follows."""
+    return tuple(map(_adapter, values or ()))
+
+
+def _adapter(text: str) -> AdapterChoice:
+    path, separator, number = text.rpartition("@")
+    if separator and path:
+        try:
+            return AdapterChoice(Path(path), float(number))
+        except ValueError:
+            pass
+    return AdapterChoice(Path(text))
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes, as ``5GB``, ``500MB``, ``2GiB`` or ``1000``.
+
+    Raises:
+        UsageError: It is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    size = 0.0
+    if match is not None and (match[2] or not match[3]):
+        size = float(match[1]) * (1024 if match[3] else 1000) ** (" kmgt".index(match[2] or " "))
+    if not 1 <= size < 2**63:
+        raise UsageError("--max-shard-size is no size", expected="a number with KB, MB, GB or TB", found=text)
+    return int(size)
 
 
 def attach_rslora(arguments: Sequence[str]) -> list[str]:

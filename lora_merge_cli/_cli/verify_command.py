@@ -18,6 +18,8 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge verify merged/29999 --against checkpoints/run/29999 --sample 2 --report verify.html
 
+  lora-merge verify merged/ --against Llama-base/ --adapter runs/adapter
+
 Exit codes: 0 all checks hold; 1 a check failed; 2 usage; 3 another input missing or corrupt; 4 refused: the other
 inputs do not make a merge; 6 disk, memory or permission; 130, 143 interrupted."""
 
@@ -29,8 +31,13 @@ def verify(
     ],
     against: Annotated[
         Path,
-        typer.Option(metavar="CKPT", help="The checkpoint with the adapters that were merged.", show_default=False),
+        typer.Option(
+            metavar="CKPT",
+            help="The checkpoint whose adapters were merged, or the base of those beside it.",
+            show_default=False,
+        ),
     ],
+    adapter: options.Adapters = None,
     base: options.Base = None,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
@@ -45,6 +52,8 @@ def verify(
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
     step: options.Step = None,
+    dialect: options.DialectOption = None,
+    residual_base: options.ResidualBase = False,
     min_gain: options.MinGain = 0.98,
     strict: options.Strict = False,
     sample: options.Sample = None,
@@ -58,14 +67,19 @@ def verify(
     with boundary(verbose=verbose):
         from lora_merge_cli._cli.allocator import keep_freed_memory
         from lora_merge_cli._cli.output import Output
-        from lora_merge_cli.verification import Judging, VerifyRequest, open_inputs
+        from lora_merge_cli._cli.parsing import parse_adapters
+        from lora_merge_cli.verification import Judging, VerifyRequest, open_request
         from lora_merge_cli.verification import verify as run
 
         keep_freed_memory()
-        asked = options.merge_options(lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude)
+        asked = options.merge_options(
+            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
+        )
         judging = Judging(sample, min_gain, strict, rounding.value)
-        opened = open_inputs(VerifyRequest(merged, against, base, step, asked, judging))
-        out = Output(report, None, opened.inputs, github, as_json, quiet)
+        opened = open_request(
+            VerifyRequest(merged, against, parse_adapters(adapter), base, step, dialect, options=asked, judging=judging)
+        )
+        out = Output(report, None, opened.paths, github, as_json, quiet)
         with out.reports:
             with out.progress("verifying") as listener:
                 done = run(opened, listener)

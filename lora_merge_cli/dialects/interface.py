@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lora_merge_cli.errors import UnknownScale
-from lora_merge_cli.records import AdapterSite, Index, KeyPath, ModelSummary, Survey
+from lora_merge_cli.records import AdapterSite, AdapterSummary, Index, KeyPath, ModelSummary, Survey
 
 Group = Literal["adapter", "lora", "frozen", "trained"]
 """What a fine-tune did to a leaf: an adapter's factor, a kernel under one, left as it was, or trained in full."""
@@ -34,6 +34,30 @@ class ScaleOptions:
         return group in self.rslora or "" in self.rslora
 
 
+@dataclass(frozen=True)
+class Tree:
+    """What a dialect sees of a checkpoint or of an adapter."""
+
+    index: Index
+    """Its leaves."""
+    where: str
+    """Its path, for errors."""
+    config: Mapping[str, Any] | None = None
+    """The configuration beside it, ``config.json`` or ``adapter_config.json``; None if there is none."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a merge is about."""
+
+    checkpoint: Tree
+    """What is merged into."""
+    adapter: Tree | None = None
+    """The adapter beside it; None where the adapters are inside the checkpoint."""
+    residual_base: bool = False
+    """Whether the user says that the checkpoint is the residual that the adapter's initialisation left."""
+
+
 class Dialect(Protocol):
     """One trainer's conventions. Registered in `dialects.DIALECTS`."""
 
@@ -52,17 +76,16 @@ class Dialect(Protocol):
         """What its servers cast a checkpoint to."""
         ...
 
-    def matches(self, index: Index) -> bool:
-        """Whether the checkpoint has keys that only this trainer writes."""
+    def matches(self, tree: Tree) -> bool:
+        """Whether a checkpoint, or an adapter beside one, has keys or a configuration that only this trainer writes."""
         ...
 
-    def survey(self, index: Index, options: ScaleOptions, where: str) -> Survey:
+    def survey(self, subject: Subject, options: ScaleOptions) -> Survey:
         """Find the sites and claim every adapter key exactly once.
 
         Args:
-            index: The checkpoint.
+            subject: The checkpoint, and the adapter if that is beside it.
             options: What the user says about scales.
-            where: The checkpoint's path, for errors.
         """
         ...
 
@@ -92,6 +115,14 @@ class Dialect(Protocol):
 
     def fused_dtype(self, stored: np.dtype[Any]) -> np.dtype[Any]:
         """What ``--dtype auto`` stores a fused kernel in."""
+        ...
+
+
+class AdapterDialect(Dialect, Protocol):
+    """A trainer whose adapters are files of their own, beside their base. Registered in `dialects.ADAPTER_DIALECTS`."""
+
+    def describe(self, adapter: Tree, options: ScaleOptions) -> AdapterSummary:
+        """What an adapter is by itself, without its base."""
         ...
 
 

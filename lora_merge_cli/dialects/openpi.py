@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_merge_cli.dialects.interface import Group, ScaleOptions, looks_like_adapter
+from lora_merge_cli.dialects.interface import Group, ScaleOptions, Subject, Tree, looks_like_adapter
 from lora_merge_cli.dtypes import BFLOAT16, FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import ShapeMismatch, UnknownScale, UnmatchedAdapter
 from lora_merge_cli.records import (
     AdapterSite,
     Dropped,
+    Factor,
     Forward,
     Index,
     KeyPath,
@@ -126,12 +127,13 @@ class OpenPI:
     groups = (PALIGEMMA, ACTION_EXPERT)
     serving_dtype = BFLOAT16
 
-    def matches(self, index: Index) -> bool:
+    def matches(self, tree: Tree) -> bool:
         """See `Dialect.matches`."""
-        return any("PaliGemma" in path or _factor(path) is not None for path in index.tensors)
+        return any("PaliGemma" in path or _factor(path) is not None for path in tree.index.tensors)
 
-    def survey(self, index: Index, options: ScaleOptions, where: str) -> Survey:
+    def survey(self, subject: Subject, options: ScaleOptions) -> Survey:
         """See `Dialect.survey`."""
+        index, where = subject.checkpoint.index, subject.checkpoint.where
         claimed: dict[KeyPath, dict[str, KeyPath]] = {}
         kinds: dict[KeyPath, _Factor] = {}
         dropped: list[Dropped] = []
@@ -321,7 +323,7 @@ def _site(
     return AdapterSite(
         targets=(target,),
         operation="add_delta",
-        factors=dict(factors),
+        factors={role: Factor(path) for role, path in factors.items()},
         parameters=LowRank(rank, _scale(factor, rank, options), equation),
         forward=factor.rule.forward,
         group=factor.group,

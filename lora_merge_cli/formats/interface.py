@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from lora_merge_cli.records import Array, Constant, Index, KeyPath, Region, TensorSpec
+
+FLAT = "flat"
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,9 @@ class Stored:
     """A leaf's bytes as the format keeps them, to be copied without decoding."""
 
     encoding: str
-    """The format's name for this way of keeping bytes; a sink takes only those that it names itself."""
-    values: Iterable[tuple[str, bytes]]
+    """The format's name for this way of keeping bytes; a sink takes only those that it names itself. `FLAT`: the entries in
+    row-major order, little-endian, in pieces whose names do not matter."""
+    values: Iterable[tuple[str, bytes | memoryview]]
     """Each stored value with its name inside the leaf."""
 
 
@@ -34,6 +39,8 @@ class LeafData:
     """The extents of a write block; a region is one of these, cut off at the leaf's end."""
     data: Stored | Blocks
     """Its bytes, or its values."""
+    same_as: KeyPath | None = None
+    """An earlier leaf with the same values under another path: a format that can stores them once."""
 
 
 class Source(Protocol):
@@ -81,8 +88,13 @@ class Sink(Protocol):
         """The `Stored.encoding` values that it takes as they are."""
         ...
 
-    def write(self, leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
+    def write(self, specs: Sequence[TensorSpec], leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
         """Pull every leaf, write it, and finish the checkpoint.
+
+        Args:
+            specs: What the leaves will be, in their order.
+            leaves: The leaves.
+            constants: The parts that are no arrays.
 
         Returns:
             The number of bytes handed to storage.
@@ -120,6 +132,26 @@ class Checkpoint:
     """Names beside the arrays that a merge does not carry over, and why."""
     notes: tuple[str, ...] = ()
     """What was chosen where the path left a choice."""
+    config: Mapping[str, Any] | None = None
+    """The model's ``config.json``, or an adapter's ``adapter_config.json``, where it lies beside the arrays."""
+    companions: tuple[str, ...] = ()
+    """Names, relative to `directory`, of the files that belong to the checkpoint and hold no arrays; config.json is one."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Texts that the format keeps beside the arrays, for example those of a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where, and as what, a checkpoint is written."""
+
+    directory: Path
+    """An empty directory."""
+    file: str | None = None
+    """The name of the one file to write in it; None for a checkpoint that is a directory."""
+    item: str | None = None
+    """The name of the folder for the arrays, in formats that have one."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    """The largest size of one file of arrays, in formats that split them."""
 
 
 class Format(Protocol):
@@ -138,6 +170,14 @@ class Format(Protocol):
         """
         ...
 
-    def sink(self, directory: Path, like: Checkpoint, item: str | None) -> Sink:
-        """A sink that writes into `directory` what `like` is, as the item of that name."""
+    def open_adapter(self, path: Path) -> Checkpoint | None:
+        """Open `path` as an adapter that lies beside its base, or return None if it is none of this format.
+
+        Raises:
+            InputError: It is one, and cannot be read.
+        """
+        ...
+
+    def sink(self, destination: Destination, like: Checkpoint) -> Sink:
+        """A sink that writes what `like`, a checkpoint of any format, becomes."""
         ...

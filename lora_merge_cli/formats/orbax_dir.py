@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UnknownFormat, UsageError
-from lora_merge_cli.formats.interface import Checkpoint, Sink
+from lora_merge_cli.formats.interface import Checkpoint, Destination, Sink
 from lora_merge_cli.formats.orbax_metadata import STEP_FILE, TREE_FILE
 from lora_merge_cli.formats.orbax_sink import OrbaxSink
 from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
@@ -54,10 +54,14 @@ class OrbaxFormat:
             )
         return None
 
-    def sink(self, directory: Path, like: Checkpoint, item: str | None) -> Sink:
+    def open_adapter(self, path: Path) -> Checkpoint | None:  # noqa: ARG002  (the same for every path)
+        """See `Format.open_adapter`: no trainer keeps adapters apart in Orbax."""
+        return None
+
+    def sink(self, destination: Destination, like: Checkpoint) -> Sink:
         """See `Format.sink`."""
         version = like.source.zarr_version if isinstance(like.source, OrbaxSource) else 2
-        return OrbaxSink(directory, item, version)
+        return OrbaxSink(destination.directory, destination.item, version)
 
 
 def _is_item(path: Path) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,14 @@ class OrbaxSink:
         """See `Sink.encodings`."""
         return frozenset({f"orbax-zarr{self._zarr_version}"})
 
-    def write(self, leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
+    def write(self, specs: Sequence[TensorSpec], leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
         """See `Sink.write`."""
         with _storing(self._path):
             self._path.mkdir(parents=True, exist_ok=True)
-        specs: list[TensorSpec] = []
         pending: deque[tuple[int, ts.Future[Any]]] = deque()
         total = in_flight = 0
         try:
             for leaf in leaves:
-                specs.append(leaf.spec)
                 for size, start in self._writes(leaf):
                     with _storing(self._path):
                         while pending and in_flight + size > _BYTES_IN_FLIGHT:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from lora_merge_cli.operations.add_delta import AddDelta
-from lora_merge_cli.operations.interface import Operation
+from lora_merge_cli.operations.dora import Dora
+from lora_merge_cli.operations.interface import Contribution, Operation
+from lora_merge_cli.operations.update import KernelUpdate, OutputNorms, PendingTile, tile_of
 
-OPERATIONS: tuple[Operation, ...] = (AddDelta(),)
+OPERATIONS: tuple[Operation, ...] = (AddDelta(), Dora())
 
 
 def operation_named(name: str) -> Operation:
     """The registered operation of that name."""
     return next(operation for operation in OPERATIONS if operation.name == name)
+
+
+__all__ = [
+    "OPERATIONS",
+    "Contribution",
+    "KernelUpdate",
+    "Operation",
+    "OutputNorms",
+    "PendingTile",
+    "operation_named",
+    "tile_of",
+]

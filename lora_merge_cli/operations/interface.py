@@ -1,53 +1,28 @@
-"""What an operation must do: change the values of a leaf, tile by tile, on the device."""
+"""What an operation must do: say what one adapter makes of one kernel, in a form that several adapters can be summed in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
-
-from lora_merge_cli.records import AdapterSite, Array, Region
-from lora_merge_cli.survival import Moments
+from lora_merge_cli.records import AdapterSite, Array
 
 
-class Update(Protocol):
-    """One site being changed. Holds the carry between tiles.
+@dataclass(frozen=True)
+class Contribution:
+    """What a site adds to a kernel W of inputs by outputs: ``gain * W + a @ b``, the gain per output.
 
-    Law: the values of a tile depend on the leaf's shape, the site and the tile alone, not on the order or the grouping in which
-    tiles are asked for.
+    Contributions of several sites to one kernel are added up, each made from the same W. Dims are those of the kernel: batch,
+    then inputs or outputs, in the kernel's order.
     """
 
-    def step(self, region: Region, kernel: Array, base: Array | None) -> Pending:
-        """Start computing one tile.
-
-        Args:
-            region: Where the tile lies in the leaf.
-            kernel: The checkpoint's values there, in the stored dtype.
-            base: The values to add the delta to instead, float32; None to use the kernel's.
-        """
-        ...
-
-    def finish(self) -> tuple[Moments, ...]:
-        """The sums per layer; one entry for a leaf that stacks no layers.
-
-        Raises:
-            RuntimeError: Some tile was never asked for.
-        """
-        ...
-
-
-class Pending(Protocol):
-    """A tile on its way."""
-
-    def result(self) -> Array:
-        """Wait for the tile.
-
-        Raises:
-            NonFiniteInput: The kernel has a NaN or Inf there.
-            Unrepresentable: A finite result is not finite in the stored dtype.
-        """
-        ...
+    a: Array
+    """lora_a, dims batch, inputs, rank; float32."""
+    b: Array
+    """lora_b, dims batch, rank, outputs, with every scale and weight in it, summed where the model sums it alone; float32."""
+    gain: Array | None = None
+    """What W itself is multiplied by, besides the 1 that stays; dims batch, outputs; float64. None for 0."""
 
 
 class Operation(Protocol):
@@ -58,31 +33,23 @@ class Operation(Protocol):
         """The name that sites and plans use."""
         ...
 
-    def tile(self, site: AdapterSite, shape: Sequence[int]) -> tuple[int, ...]:
-        """The extents that the leaf is computed in: a function of the shape and the site alone."""
+    @property
+    def needs_norms(self) -> bool:
+        """Whether it needs the norms of ``W + delta`` per output, and so a first pass over the kernel."""
         ...
 
-    def init(
-        self,
-        site: AdapterSite,
-        where: str,
-        shape: Sequence[int],
-        factors: Mapping[str, Array],
-        dtype: np.dtype[Any],
-        serving_dtype: np.dtype[Any],
-        multiplier: float,
-        device: Any,
-    ) -> Update:
-        """Begin with a site.
+    def contribute(
+        self, site: AdapterSite, factors: Mapping[str, Array], weight: float, norms: Array | None
+    ) -> Contribution:
+        """What the site adds.
 
         Args:
             site: The site.
-            where: The kernel as errors name it.
-            shape: The kernel's shape.
-            factors: The adapter's leaves by role, in the stored dtype, finite.
-            dtype: What the result is stored in.
-            serving_dtype: What a server will cast it to.
-            multiplier: What the whole delta is multiplied by, besides the site's own scale.
-            device: The JAX device to compute on.
+            factors: What it takes of the adapter's leaves, by role, in the stored dtype, finite.
+            weight: What the change is multiplied by, besides the site's own scale.
+            norms: ``|W + delta|`` over the inputs, dims batch, outputs, float64; None where no norms are needed.
+
+        Raises:
+            NonFiniteInput: The arithmetic has no finite result.
         """
         ...

@@ -9,7 +9,7 @@ from lora_merge_cli.verification.judgement import (
     Verdict,
     VerifyRequest,
     judge,
-    open_inputs,
+    open_request,
     open_result,
     verify,
 )
@@ -22,7 +22,7 @@ __all__ = [
     "Verdict",
     "VerifyRequest",
     "judge",
-    "open_inputs",
+    "open_request",
     "open_result",
     "verify",
 ]

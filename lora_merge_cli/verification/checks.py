@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lora_merge_cli.assets import NORM_STATS, check_assets
 from lora_merge_cli.compare import Comparison
 from lora_merge_cli.errors import UsageError
-from lora_merge_cli.formats.interface import Checkpoint
-from lora_merge_cli.records import ModelSummary
 from lora_merge_cli.report import CheckRecord
 from lora_merge_cli.verification.examination import Findings, SiteFinding
 from lora_merge_cli.verification.site_judge import LayerVerdict
@@ -24,6 +19,7 @@ CHECK_IDS = (
     "adapters-stripped",
     "finite",
     "untouched-bits",
+    "replaced",
     "fused-exact",
     "forward",
     "delta-survival",
@@ -149,6 +145,22 @@ def untouched_bits(findings: Findings) -> CheckRecord:
         return CheckRecord("untouched-bits", "fail", message, figures, tuple(ordered[:_MANY]))
     message = f"{findings.untouched} leaves that no adapter touches are the checkpoint's, bit for bit"
     return CheckRecord("untouched-bits", "pass", message, figures)
+
+
+def replaced(findings: Findings) -> CheckRecord:
+    """What an adapter brings whole, or row by row, is in the result, rounded once."""
+    found = findings.replaced
+    if not found:
+        return CheckRecord("replaced", "skip", "no adapter brings a tensor of its own")
+    wrong = sorted((name for name, entries in found.items() if entries), key=lambda name: -found[name])
+    figures = {"leaves": len(found), "wrong": len(wrong), "entries": sum(found.values())}
+    if wrong:
+        message = (
+            f"{len(wrong)} of {len(found)} leaves are not what the adapter brings; the most: {wrong[0]} "
+            f"({found[wrong[0]]} entries)"
+        )
+        return CheckRecord("replaced", "fail", message, figures, tuple(wrong[:_MANY]))
+    return CheckRecord("replaced", "pass", f"{len(found)} leaves are what the adapter brings, rounded once", figures)
 
 
 def _change(found: Comparison) -> float:
@@ -293,59 +305,6 @@ def base(findings: Findings, judging: Judging, *, given: bool) -> CheckRecord:
         return CheckRecord("base", "fail", message, figures, tuple(findings.not_frozen[:_MANY]))
     message = f"{findings.frozen} frozen leaves are the base's, rounded to their dtype, bit for bit{_sampled(judging)}"
     return CheckRecord("base", "pass", message, figures)
-
-
-def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) -> CheckRecord:
-    """What serving needs beside the parameters: present, finite, sane, and the checkpoint's."""
-    if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.name == "unknown"):
-        return CheckRecord("assets", "skip", "neither the checkpoint nor the result has assets")
-    after = check_assets(merged.assets, quantiles=summary.needs_quantiles)
-    before = check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
-    old = {_without_folder(problem, checkpoint.assets) for problem in before.problems}
-    new = [problem for problem in after.problems if _without_folder(problem, merged.assets) not in old]
-    figures = {"norm_stats": len(after.asset_ids)}
-    if new:
-        return CheckRecord("assets", "fail", "; ".join(new[:3]), figures)
-    if after.problems:
-        return CheckRecord("assets", "warn", f"as in the checkpoint: {'; '.join(after.problems[:3])}", figures)
-    lost, changed = _compare_norm_stats(merged.assets, checkpoint.assets)
-    if lost:
-        message = f"norm stats of the checkpoint are missing: {', '.join(lost[:3])}"
-        return CheckRecord("assets", "fail", message, figures, tuple(lost[:_MANY]))
-    if changed:
-        message = "norm stats are sane and not the checkpoint's: actions are scaled in another way"
-        return CheckRecord("assets", "warn", message, figures, tuple(changed[:_MANY]))
-    return CheckRecord("assets", "pass", f"norm stats of {', '.join(after.asset_ids)} are there and sane", figures)
-
-
-def _without_folder(problem: str, folder: Path | None) -> str:
-    return problem if folder is None else problem.replace(str(folder), "assets")
-
-
-def _compare_norm_stats(after: Path | None, before: Path | None) -> tuple[list[str], list[str]]:
-    """The norm stats of the checkpoint that the result lacks, by file and series, and the files that say something else."""
-    lost: list[str] = []
-    changed: list[str] = []
-    if after is None or before is None:
-        return lost, changed
-    for file in sorted(before.rglob(NORM_STATS)):
-        name = file.relative_to(before)
-        if not (after / name).is_file():
-            lost.append(str(name))
-            continue
-        old, new = _norm_stats(file), _norm_stats(after / name)
-        lost += [f"{name}: {series}" for series in old if series not in new]
-        if old != new:
-            changed.append(str(name))
-    return lost, changed
-
-
-def _norm_stats(file: Path) -> dict[str, Any]:
-    """The series of a file; none if it is no such file, which is another check's to say."""
-    try:
-        return dict(json.loads(file.read_text())["norm_stats"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
 
 
 def _layers(findings: Findings) -> dict[str, tuple[str, int, LayerVerdict]]:

@@ -6,15 +6,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.records import first_names
 from lora_merge_cli.report import CheckRecord
 from lora_merge_cli.verification.examination import Findings
 from lora_merge_cli.verification.expectation import Expectation
 
 ID = "provenance"
+
+
+SiteKey: TypeAlias = tuple[str, int | None]
+"""A kernel's name, and the number of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Claims:
     """The path of the base that it was made with."""
     fingerprint: str | None = None
     """That of the checkpoint that was merged."""
-    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The records of its sites by kernel name."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """Fingerprint and weight of each adapter beside that checkpoint."""
+    sites: Mapping[SiteKey, Mapping[str, Any]] = field(default_factory=dict)
+    """The records of its sites by kernel name and adapter."""
 
     @property
-    def scales(self) -> dict[str, float]:
+    def scales(self) -> dict[SiteKey, float]:
         """The scale of each site, where it states a finite one."""
         found = {name: _number(site.get("scale")) for name, site in self.sites.items()}
         return {name: scale for name, scale in found.items() if math.isfinite(scale)}
@@ -45,8 +52,8 @@ def read_claims(merged: Checkpoint) -> Claims | None:
         return None
     try:
         document = json.loads(merged.provenance.read_text())
-        targets = [site["target"] for site in document["sites"]]
-        if len(set(targets)) < len(targets) or not all(isinstance(target, str) for target in targets):
+        targets = [(site["target"], site.get("adapter")) for site in document["sites"]]
+        if len(set(targets)) < len(targets) or not all(isinstance(target, str) for target, _ in targets):
             return Claims(problem="its sites are not named once each")
         if not math.isfinite(_number(document["multiplier"])):
             return Claims(problem="its multiplier is no number")
@@ -55,34 +62,37 @@ def read_claims(merged: Checkpoint) -> Claims | None:
             multiplier=float(document["multiplier"]),
             base=sources["base"]["path"] if "base" in sources else None,
             fingerprint=sources["checkpoint"]["fingerprint"],
-            sites={site["target"]: dict(site) for site in document["sites"]},
+            adapters=tuple(
+                (source["fingerprint"], _number(source["weight"]))
+                for source in document["sources"]
+                if source["role"] == "adapter"
+            ),
+            sites={(site["target"], site.get("adapter")): dict(site) for site in document["sites"]},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Claims(problem=f"{type(error).__name__}: {error}")
 
 
 def check_provenance(
-    claims: Claims | None,
-    checkpoint: Checkpoint,
-    expectation: Expectation,
-    findings: Findings,
-    multiplier: float,
-    has_base: bool,
+    claims: Claims | None, inputs: Inputs, expectation: Expectation, findings: Findings, multiplier: float
 ) -> CheckRecord:
     """Whether the provenance agrees with the flags, the checkpoint and the result."""
     if claims is None:
         return CheckRecord(ID, "skip", "no lora_merge.json: nothing is claimed")
     if claims.problem is not None:
         return CheckRecord(ID, "fail", f"lora_merge.json is no record of a merge ({claims.problem})")
-    wrong = list(_disagreements(claims, expectation, findings, multiplier, has_base))
+    wrong = list(_disagreements(claims, inputs, expectation, findings, multiplier))
     doubts = [f"lora_merge.json {first_names(wrong, 3)}"] if wrong else []
     if expectation.claimed:
         doubts.append(
             f"the scale of {len(expectation.claimed)} sites is taken from lora_merge.json, and nobody else states it: "
             "pass --lora-alpha to check it"
         )
-    if claims.fingerprint != checkpoint.source.fingerprint():
+    if claims.fingerprint != inputs.checkpoint.source.fingerprint():
         doubts.append("lora_merge.json was written for a checkpoint with other files than the one given")
+    given = [adapter.checkpoint.source.fingerprint() for adapter in inputs.adapters]
+    if [fingerprint for fingerprint, _ in claims.adapters] != given:
+        doubts.append("lora_merge.json was written for adapters with other files than those given")
     if doubts:
         figures = {"disagreements": len(wrong), "scales_claimed": len(expectation.claimed)}
         return CheckRecord(ID, "fail" if wrong else "warn", "; ".join(doubts), figures, expectation.claimed[:5])
@@ -90,19 +100,26 @@ def check_provenance(
 
 
 def _disagreements(
-    claims: Claims, expectation: Expectation, findings: Findings, multiplier: float, has_base: bool
+    claims: Claims, inputs: Inputs, expectation: Expectation, findings: Findings, multiplier: float
 ) -> Iterator[str]:
+    has_base = inputs.base is not None
     if not math.isclose(claims.multiplier, multiplier, rel_tol=1e-9):
         yield f"says --scale {claims.multiplier:g}, and this judges {multiplier:g}: pass --scale {claims.multiplier:g}"
     if claims.base is not None and not has_base:
         yield f"says that it was made with --base {claims.base}: pass it here too"
     if claims.base is None and has_base:
         yield "says that it was made without a base, and --base is given"
-    expected = {site.name for site in expectation.sites}
-    yield from _differences("says that these were merged, and they should not be", claims.sites.keys() - expected)
-    yield from _differences("does not say that these were merged", expected - claims.sites.keys())
+    weights = [adapter.weight for adapter in inputs.adapters]
+    if len(claims.adapters) == len(weights) and [weight for _, weight in claims.adapters] != weights:
+        yield f"says other weights: {', '.join(f'{weight:g}' for _, weight in claims.adapters)}"
+    expected = {(site.name, site.adapter) for site in expectation.sites}
+    for words, keys in (
+        ("says that these were merged, and they should not be", claims.sites.keys() - expected),
+        ("does not say that these were merged", expected - claims.sites.keys()),
+    ):
+        yield from _differences(words, {name for name, _ in keys})
     for site in expectation.sites:
-        record = claims.sites.get(site.name)
+        record = claims.sites.get((site.name, site.adapter))
         if record is None:
             continue
         scale = _number(record.get("scale"))
@@ -112,7 +129,7 @@ def _disagreements(
         found = findings.sites.get(site.name)
         if found is not None and record.get("dtype") != found.dtype.name:
             yield f"says {record.get('dtype')} at {site.name}, and it is {found.dtype.name}"
-        if found is not None and record.get("adapter_digest") not in (None, found.digest):
+        if found is not None and record.get("adapter_digest") not in (None, found.of(site)[1]):
             yield f"was written for another adapter at {site.name}"
 
 

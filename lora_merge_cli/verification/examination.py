@@ -14,30 +14,38 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lora_merge_cli.compare import Comparison, compare_blocks, equals_rounded
-from lora_merge_cli.dialects import Dialect, looks_like_adapter
-from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float
+from lora_merge_cli.dialects import looks_like_adapter
+from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float, ulp
+from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import adapter_digest, spectrum
+from lora_merge_cli.lowrank import adapter_digest, leaf_digest, spectrum, with_ones
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
+    Factor,
     Index,
     KeyPath,
     Region,
     TensorSpec,
     display,
     full_region,
+    grid,
     region_shape,
+    relative,
 )
 from lora_merge_cli.side_by_side import Leaf, pieces, side_by_side
 from lora_merge_cli.survival import Moments
+from lora_merge_cli.verification.adapted import Adapted, Norms
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
 from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
+from lora_merge_cli.verification.start import StartSource
 
 _WHOLE_ROWS = 2**18
+_MIXING = 4 * 2.0**-24
 _FUSED = tuple(map(dtype_named, ("float32", "bfloat16", "float16", "float64")))
 
 
@@ -53,15 +61,20 @@ class SiteFinding:
     """What it is stored in."""
     layers: Mapping[int, LayerVerdict]
     """By number; those that were looked at."""
-    spectrum: tuple[float, ...]
-    """See `lowrank.spectrum`."""
-    digest: str
-    """See `lowrank.adapter_digest`."""
+    spectra: tuple[tuple[float, ...], ...]
+    """Of each of its sites; see `lowrank.spectrum`."""
+    digests: tuple[str, ...]
+    """Of each of its sites; see `lowrank.adapter_digest`."""
 
     @functools.cached_property
     def total(self) -> Moments:
         """Survival of the delta over all layers that were looked at."""
         return Moments.total(verdict.moments for verdict in self.layers.values())
+
+    def of(self, site: AdapterSite) -> tuple[tuple[float, ...], str]:
+        """The spectrum and the digest of one of its sites."""
+        number = next(number for number, other in enumerate(self.leaf.sites) if other is site)
+        return self.spectra[number], self.digests[number]
 
 
 @dataclass
@@ -97,6 +110,8 @@ class Findings:
     """How many leaves were compared with the base's."""
     untouched: int = 0
     """How many untouched leaves were compared."""
+    replaced: dict[str, int] = field(default_factory=dict)
+    """Leaves that an adapter brings, in whole or in rows, and how many of their entries are not what it brings."""
     sites: dict[str, SiteFinding] = field(default_factory=dict)
     """By the kernel's name in the checkpoint."""
 
@@ -106,9 +121,7 @@ class Examination:
 
     Args:
         merged: The result to judge.
-        checkpoint: The one with the adapters.
-        base: The one that the fine-tune started from, if the merge was given it.
-        dialect: The trainer's conventions.
+        inputs: What was merged.
         terms: How a merged kernel may differ from its ideal.
         sample: How many layers of each site to look at; None for all.
         listener: Who to tell of progress.
@@ -117,15 +130,14 @@ class Examination:
     def __init__(
         self,
         merged: Checkpoint,
-        checkpoint: Checkpoint,
-        base: Checkpoint | None,
-        dialect: Dialect,
+        inputs: Inputs,
         terms: Terms,
         sample: int | None,
         listener: Listener | None = None,
     ) -> None:
-        self._merged, self._checkpoint, self._base = merged, checkpoint, base
-        self._dialect, self._terms, self._sample = dialect, terms, sample
+        self._merged, self._inputs = merged, inputs
+        self._checkpoint, self._base, self._dialect = inputs.checkpoint, inputs.base, inputs.dialect
+        self._terms, self._sample = terms, sample
         self._judged = JudgedSource(merged.source)
         self._listener = listener or Silent()
         self.findings = Findings()
@@ -144,10 +156,12 @@ class Examination:
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
             for leaf, spec in found.values():
                 try:
-                    if leaf.site is None:
-                        self._compare(leaf, spec, pool)
+                    if leaf.sites:
+                        self._judge(leaf, spec, pool)
+                    elif leaf.change.replacements:
+                        self._compare_replaced(leaf, spec)
                     else:
-                        self._judge(leaf, leaf.site, spec, pool)
+                        self._compare(leaf, spec, pool)
                 except Unreadable as error:
                     self.findings.unreadable[spec.name] = str(error)
         return self.findings
@@ -189,7 +203,7 @@ class Examination:
     def _fits(self, leaf: ExpectedLeaf, spec: TensorSpec) -> bool:
         """Note a wrong dtype, and say whether the values can be compared all the same."""
         stored = spec.dtype
-        if leaf.site is not None and not is_float(stored):
+        if leaf.dtype is None and not is_float(stored):
             self.findings.recast[spec.name] = f"{stored.name}, no floating-point dtype"
             return False
         if leaf.dtype is None and stored not in (*_FUSED, leaf.source.dtype):
@@ -198,7 +212,10 @@ class Examination:
         if leaf.dtype is None or stored == leaf.dtype:
             return True
         words = f"{stored.name}, not {leaf.dtype.name}"
-        if leaf.site is None and holds_all_values_of(stored, leaf.dtype):
+        if leaf.sites and not is_float(stored):
+            self.findings.recast[spec.name] = f"{stored.name}, no floating-point dtype"
+            return False
+        if not leaf.change.changes and holds_all_values_of(stored, leaf.dtype):
             self.findings.widened[spec.name] = words
         else:
             self.findings.recast[spec.name] = words
@@ -207,9 +224,10 @@ class Examination:
     def _compare(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
         """An untouched leaf."""
         wanted = leaf.dtype or leaf.source.dtype
-        leaves: list[Leaf] = [(self._checkpoint.source, leaf.source)]
+        start = StartSource(self._inputs, leaf.change)
+        leaves: list[Leaf] = [(start, start.spec)]
         # The same stored bytes decode to the same values: one of them will do.
-        alike = leaf.source.dtype == spec.dtype == wanted and self._stored_alike(leaf.source, spec)
+        alike = leaf.source.dtype == spec.dtype == wanted and self._stored_alike(start, spec)
         if not alike:
             leaves.append((self._judged, spec))
         if leaf.base is not None and self._base is not None:
@@ -240,25 +258,44 @@ class Examination:
             noted = self.findings.not_finite if total.non_finite or overflows else self.findings.not_finite_before
             noted[spec.name] = total.non_finite_b
 
-    def _stored_alike(self, before: TensorSpec, after: TensorSpec) -> bool:
+    def _compare_replaced(self, leaf: ExpectedLeaf, spec: TensorSpec) -> None:
+        """A leaf that an adapter brings: its own values, rounded once, or a float32 mixture of both where it is weighted."""
+        start = StartSource(self._inputs, leaf.change)
+        weighted = any(found.weight != 1 for found in leaf.change.replacements)
+        wrong = bad = 0
+        for _, (wanted, found) in side_by_side([(start, start.spec), (self._judged, spec)]):
+            if is_float(found.dtype):
+                bad += int(np.count_nonzero(~np.isfinite(found)))
+            if not weighted:
+                wrong += _count_not_rounded(found, wanted)
+            else:
+                ideal, values = wanted.astype(np.float64), found.astype(np.float64)
+                limit = self._terms.ulps * ulp(ideal, spec.dtype) + _MIXING * (np.abs(ideal).max(initial=0.0) + 1e-30)
+                wrong += int(np.count_nonzero(~(np.abs(values - ideal) <= limit)))
+            self._listener.advance(spec.name, found.nbytes)
+        self.findings.replaced[spec.name] = wrong
+        if bad:
+            self.findings.not_finite[spec.name] = bad
+
+    def _stored_alike(self, before: StartSource, after: TensorSpec) -> bool:
         """Whether both leaves are kept as the same bytes."""
-        one, other = self._checkpoint.source.stored(before.path), self._judged.stored(after.path)
+        one, other = before.stored(before.spec.path), self._judged.stored(after.path)
         if one is None or other is None or one.encoding != other.encoding:
             return False
         return all(a == b for a, b in itertools.zip_longest(one.values, other.values))
 
-    def _judge(self, leaf: ExpectedLeaf, site: AdapterSite, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
-        """A kernel that an adapter was added to."""
-        source = self._checkpoint.source
-        factors = {role: self._factor(path) for role, path in site.factors.items()}
-        values = {role: array for role, (_, array) in factors.items()}
-        layers = self._layers(site, spec)
-        where = f"{source.path} :: {site.name}"
-        judge = SiteJudge(where, site, spec.shape, values, spec.dtype, self._terms, layers)
-        leaves: list[Leaf] = [(source, leaf.source), (self._judged, spec)]
+    def _judge(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
+        """A kernel that adapters were added to."""
+        equation = leaf.sites[0].parameters.equation
+        start = StartSource(self._inputs, leaf.change)
+        layers = self._layers(equation, spec)
+        where = f"{self._checkpoint.source.path} :: {spec.name}"
+        adapted, digests = self._adapted(leaf, start)
+        judge = SiteJudge(where, adapted, spec.shape, spec.dtype, self._terms, layers)
+        leaves: list[Leaf] = [(start, start.spec), (self._judged, spec)]
         if leaf.base is not None and self._base is not None:
             leaves.append((self._base.source, leaf.base))
-        rows = layers if self._sample is not None and site.parameters.equation.stacked else None
+        rows = layers if self._sample is not None and equation.stacked else None
         for region, (kernel, merged, *base) in side_by_side(leaves, rows):
             judge.take(region, kernel, merged, base[0] if base else None, pool)
             self._listener.advance(spec.name, merged.nbytes)
@@ -267,29 +304,52 @@ class Examination:
         if bad:
             self.findings.not_finite[spec.name] = bad
         self._note_frozen(leaf, not judge.base_differs)
-        scale = (site.parameters.scale.value or 0.0) * self._terms.multiplier
-        self.findings.sites[site.name] = SiteFinding(
+        self.findings.sites[leaf.source.name] = SiteFinding(
             leaf=leaf,
-            stacked=site.parameters.equation.stacked,
+            stacked=equation.stacked,
             dtype=spec.dtype,
             layers=verdicts,
-            spectrum=spectrum(site.parameters.equation, values["lora_a"], values["lora_b"], scale),
-            digest=adapter_digest(factors),
+            spectra=tuple(
+                spectrum(part.site.parameters.equation, part.lora_a, part.lora_b, part.scale * part.weight)
+                for part in adapted
+            ),
+            digests=tuple(digests),
         )
 
-    def _layers(self, site: AdapterSite, spec: TensorSpec) -> Sequence[int]:
+    def _adapted(self, leaf: ExpectedLeaf, start: StartSource) -> tuple[list[Adapted], list[str]]:
+        """The adapters on a kernel, DoRA's norms from a first pass over it, and the digest of each."""
+        found, digests = [], []
+        for site in leaf.sites:
+            leaves = {role: self._factor(site, factor) for role, factor in site.factors.items()}
+            digests.append(adapter_digest({role: digest for role, (_, digest) in leaves.items()}))
+            factors = with_ones({role: values.astype(np.float64) for role, (values, _) in leaves.items()})
+            gain = None
+            if "magnitude" in factors:
+                norms = Norms(site, start.spec.shape, factors)
+                equation = site.parameters.equation
+                for region, (kernel,) in side_by_side([(start, start.spec)]):
+                    for piece in _batch_pieces(equation, region):
+                        norms.add(piece, kernel[relative(piece, region)])
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    gain = factors["magnitude"].reshape(norms.finish().shape) / norms.finish()
+            weight = site.weight * self._terms.multiplier
+            found.append(Adapted(site, factors["lora_a"], factors["lora_b"], weight, gain))
+        return found, digests
+
+    def _layers(self, equation: Equation, spec: TensorSpec) -> Sequence[int]:
         """The layers to look at: all, or some from the first to the last in even steps."""
-        if not site.parameters.equation.stacked:
+        if not equation.stacked:
             return (0,)
         count = spec.shape[0]
         if self._sample is None or self._sample >= count:
             return range(count)
         return sorted({round(at) for at in np.linspace(0, count - 1, self._sample)})
 
-    def _factor(self, path: KeyPath) -> tuple[TensorSpec, Array]:
-        source = self._checkpoint.source
-        spec = source.index().tensors[path]
-        values = source.read(path, full_region(spec.shape))
+    def _factor(self, site: AdapterSite, factor: Factor) -> tuple[Array, str]:
+        """What a site takes of an adapter's leaf, and the digest of the leaf."""
+        source = self._inputs.source(site.adapter)
+        spec = source.index().tensors[factor.path]
+        values = source.read(factor.path, full_region(spec.shape))
         bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
         if bad:
             raise NonFiniteInput(
@@ -298,7 +358,7 @@ class Examination:
                 expected="finite values",
                 found=f"{bad} of {spec.size} entries NaN or Inf",
             )
-        return spec, values
+        return factor.of(values), leaf_digest(spec, values)
 
     def _note_frozen(self, leaf: ExpectedLeaf, frozen: bool) -> None:
         if leaf.base is not None:
@@ -310,3 +370,20 @@ class Examination:
 def _pieces(region: Region, before: Array, after: Array) -> Iterator[tuple[Array, Array]]:
     for piece in pieces(full_region(region_shape(region)), columns=_WHOLE_ROWS):
         yield before[piece], after[piece]
+
+
+def _batch_pieces(equation: Equation, region: Region) -> Iterator[Region]:
+    """Pieces of one index of every batch dim."""
+    extents = region_shape(region)
+    yield from grid(
+        region, [1 if dim in equation.batch else n for dim, n in zip(equation.target, extents, strict=True)]
+    )
+
+
+def _count_not_rounded(found: Array, wanted: Array) -> int:
+    """How many entries are not the wanted ones, rounded to their dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = wanted.astype(found.dtype)
+    if equals_rounded(found, rounded):
+        return 0
+    return max(1, int(np.count_nonzero(found != rounded)))

@@ -44,7 +44,7 @@ class JudgedSource:
         return None if found is None else Stored(found.encoding, _values(found))
 
 
-def _values(found: Stored) -> Iterator[tuple[str, bytes]]:
+def _values(found: Stored) -> Iterator[tuple[str, bytes | memoryview]]:
     with _as_finding():
         yield from found.values
 

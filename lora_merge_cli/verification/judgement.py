@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lora_merge_cli import __version__
-from lora_merge_cli.dialects import Dialect, detect_dialect
+from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs
 from lora_merge_cli.listening import Listener
-from lora_merge_cli.plan import MergeOptions
+from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import (
     group_records,
     peak_rss,
     site_record,
     source_record,
+    source_records,
     versions,
     with_measurements,
 )
+from lora_merge_cli.records import AdapterSite
 from lora_merge_cli.report import CheckRecord, ProofRecord, SiteRecord, VerifyReport
 from lora_merge_cli.survival import finite
 from lora_merge_cli.verification import checks
+from lora_merge_cli.verification.beside import check_assets_of
 from lora_merge_cli.verification.checks import CHECK_IDS, Judging
 from lora_merge_cli.verification.claims import check_provenance, read_claims
 from lora_merge_cli.verification.examination import Examination, Findings, SiteFinding
@@ -44,13 +48,17 @@ class VerifyRequest:
     """What to judge, and beside what."""
 
     merged: Path
-    """The result: a run, step or item directory of any tool's making."""
+    """The result: a run, step or item directory, a directory of shards or a file, of any tool's making."""
     against: Path
-    """The checkpoint with the adapters that were merged."""
+    """The checkpoint with the adapters that were merged, or the base of the adapters beside it."""
+    adapters: tuple[AdapterChoice, ...] = ()
+    """The adapters beside it."""
     base: Path | None = None
     """The float32 checkpoint that the fine-tune started from, if the merge was given it."""
     step: int | None = None
     """Which step of a run `against`; the newest if None."""
+    dialect: str | None = None
+    """The adapters' dialect; detected if None."""
     options: MergeOptions = field(default_factory=lambda: MergeOptions(dtype=ANY_DTYPE))
     """What the merge was asked for; the dtype ``any`` takes the kernels as they are stored."""
     judging: Judging = field(default_factory=Judging)
@@ -64,15 +72,15 @@ class Opened:
     request: VerifyRequest
     merged: Checkpoint | Damage
     """The result, or why it cannot be opened."""
-    checkpoint: Checkpoint
-    base: Checkpoint | None
+    inputs: Inputs
 
     @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The directories that must not be written to."""
-        opened = (self.checkpoint, self.base, self.merged)
-        directories = [c.directory.resolve() for c in opened if isinstance(c, Checkpoint)]
-        return (*directories, self.request.merged.resolve())
+    def paths(self) -> tuple[Path, ...]:
+        """What must not be written to."""
+        opened = [checkpoint for _, checkpoint in self.inputs.opened]
+        if isinstance(self.merged, Checkpoint):
+            opened.append(self.merged)
+        return (*(checkpoint.directory.resolve() for checkpoint in opened), self.request.merged.resolve())
 
 
 @dataclass(frozen=True)
@@ -89,18 +97,18 @@ class Verdict:
     """Which layers were looked at, where not all were."""
 
 
-def open_inputs(request: VerifyRequest) -> Opened:
+def open_request(request: VerifyRequest) -> Opened:
     """Open all that a verification reads. Damage inside the result is not an error, it is what a verification is for.
 
     Raises:
-        InputError: A path leads nowhere, or to no checkpoint; the checkpoint or the base is damaged.
+        InputError: A path leads nowhere, or to no checkpoint; an input of the merge is damaged.
     """
-    checkpoint = open_checkpoint(request.against, request.step)
-    base = None if request.base is None else open_checkpoint(request.base)
-    for other in (checkpoint, base):
-        if other is not None:
-            other.source.index()
-    return Opened(request, open_result(request.merged, request.step), checkpoint, base)
+    inputs = open_inputs(
+        request.against, request.adapters, base=request.base, step=request.step, dialect=request.dialect
+    )
+    for _, opened in inputs.opened:
+        opened.source.index()
+    return Opened(request, open_result(request.merged, request.step), inputs)
 
 
 def open_result(path: Path, step: int | None = None) -> Checkpoint | Damage:
@@ -135,19 +143,17 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         LoraMergeError: The other inputs or the options are at fault; what is wrong inside the result is a failed check.
     """
     started = time.monotonic()
-    opened = request if isinstance(request, Opened) else open_inputs(request)
-    request, checkpoint = opened.request, opened.checkpoint
-    dialect = detect_dialect(checkpoint.source.index())
-    verdict = judge(opened.merged, checkpoint, opened.base, request.options, request.judging, listener)
-    index = checkpoint.source.index()
-    survey = dialect.survey(index, request.options.scales, str(checkpoint.source.path))
-    sources = [source_record("checkpoint", checkpoint)]
-    if opened.base is not None:
-        sources.append(source_record("base", opened.base))
-    notes = list(checkpoint.notes)
+    opened = request if isinstance(request, Opened) else open_request(request)
+    request, inputs, dialect = opened.request, opened.inputs, opened.inputs.dialect
+    verdict = judge(opened.merged, inputs, request.options, request.judging, listener)
+    index = inputs.checkpoint.source.index()
+    survey = survey_inputs(inputs, request.options.scales, residual_base=request.options.residual_base)
+    sources = list(source_records(inputs))
+    notes = [note for _, checkpoint in inputs.opened for note in checkpoint.notes]
     if isinstance(opened.merged, Checkpoint):
         sources.insert(0, source_record("merged", opened.merged))
         notes = [*opened.merged.notes, *notes]
+    groups = dialect.grouping(index, survey.sites)
     return VerifyReport(
         status="failed" if any(check.status == "fail" for check in verdict.checks) else "passed",
         tool_version=__version__,
@@ -156,9 +162,10 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         sources=tuple(sources),
         multiplier=request.options.multiplier,
         serving_dtype=dialect.serving_dtype.name,
-        groups=group_records(dialect, index, dialect.grouping(index, survey.sites)),
+        groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         sites=verdict.sites,
         checks=verdict.checks,
+        warnings=survey.warnings,
         notes=(*notes, *verdict.notes, *verdict.sampled),
         sample=request.judging.sample,
         min_gain=request.judging.min_gain,
@@ -171,8 +178,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
 
 def judge(
     merged: Checkpoint | Damage,
-    checkpoint: Checkpoint,
-    base: Checkpoint | None,
+    inputs: Inputs,
     options: MergeOptions,
     judging: Judging,
     listener: Listener | None = None,
@@ -182,30 +188,31 @@ def judge(
     Raises:
         LoraMergeError: The other inputs or the options are at fault.
     """
-    dialect = detect_dialect(checkpoint.source.index())
+    dialect, has_base = inputs.dialect, inputs.base is not None
     claims = read_claims(merged) if isinstance(merged, Checkpoint) else None
-    expectation = expect(checkpoint, dialect, options, base, {} if claims is None else claims.scales)
+    expectation = expect(inputs, options, {} if claims is None else claims.scales)
     if not isinstance(merged, Checkpoint):
         return Verdict(_unopened(merged), _site_records(expectation, Findings(), dialect), expectation.notes)
     terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier)
-    findings = Examination(merged, checkpoint, base, dialect, terms, judging.sample, listener).run(expectation)
+    findings = Examination(merged, inputs, terms, judging.sample, listener).run(expectation)
     serving = dialect.serving_dtype.name
-    summary = dialect.summary(checkpoint.source.index())
+    summary = dialect.summary(inputs.checkpoint.source.index())
     found = (
         checks.readable(findings),
         checks.structure(findings),
         checks.adapters_stripped(findings),
         checks.finite(findings, judging),
         checks.untouched_bits(findings),
-        checks.fused_exact(findings, judging, has_base=base is not None),
+        checks.replaced(findings),
+        checks.fused_exact(findings, judging, has_base=has_base),
         checks.forward(findings, judging, serving),
         checks.delta_survival(findings, judging, serving),
-        checks.base(findings, judging, given=base is not None),
-        checks.assets(merged, checkpoint, summary),
-        check_provenance(claims, checkpoint, expectation, findings, options.multiplier, base is not None),
+        checks.base(findings, judging, given=has_base),
+        check_assets_of(merged, inputs.checkpoint, summary, expectation),
+        check_provenance(claims, inputs, expectation, findings, options.multiplier),
     )
     notes = list(expectation.notes)
-    if base is not None:
+    if has_base:
         notes.append("judged as the base's own values plus each delta, not as the function that was trained")
     return Verdict(found, _site_records(expectation, findings, dialect), tuple(notes), _sampled(findings, judging))
 
@@ -226,21 +233,21 @@ def _sampled(findings: Findings, judging: Judging) -> tuple[str, ...]:
 
 
 def _site_records(expectation: Expectation, findings: Findings, dialect: Dialect) -> tuple[SiteRecord, ...]:
-    by_name = {leaf.source.name: leaf for leaf in expectation.leaves.values()}
+    by_target = {leaf.change.path: leaf for leaf in expectation.leaves.values()}
     records = []
     for site in expectation.sites:
         found = findings.sites.get(site.name)
-        spec = by_name[site.name].source
+        spec = by_target[site.targets[0]].source
         if found is None:
             records.append(site_record(site, spec, spec.dtype.name))
         else:
-            records.append(_measured(site_record(site, spec, found.dtype.name), found, dialect))
+            records.append(_measured(site_record(site, spec, found.dtype.name), site, found, dialect))
     return tuple(records)
 
 
-def _measured(record: SiteRecord, found: SiteFinding, dialect: Dialect) -> SiteRecord:
+def _measured(record: SiteRecord, site: AdapterSite, found: SiteFinding, dialect: Dialect) -> SiteRecord:
     moments = {layer: verdict.moments for layer, verdict in found.layers.items()}
-    record = with_measurements(record, moments, dialect.serving_dtype.name, found.spectrum, found.digest)
+    record = with_measurements(record, moments, dialect.serving_dtype.name, *found.of(site))
     verdicts = list(found.layers.values())
     return dataclasses.replace(
         record,

@@ -6,11 +6,13 @@ Nothing here knows how a merge fuses; the einsums are the dialect's `Forward`, w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_merge_cli.records import Array, Forward, Region
+from lora_merge_cli.verification.adapted import Adapted
 
 INPUTS = 8
 """How many inputs go through each layer; half of them are mixtures of lora_a's columns."""
@@ -29,40 +31,81 @@ class LayerError:
     """``|y' - y| / |y - x w|`` with both kernels cast to the serving dtype."""
 
 
+@dataclass(frozen=True)
+class LayerAdapter:
+    """One adapter in one layer, as the trainer runs it: ``weight * (gain * (base(x) + scale * up(down(x))) - base(x))``."""
+
+    forward: Forward
+    """What the model computes."""
+    lora_a: Array
+    """One layer of it, float64."""
+    lora_b: Array
+    """One layer of it, float64."""
+    scale: float
+    """What the adapter's output is multiplied by."""
+    weight: float
+    """What the adapter's whole change is multiplied by."""
+    gain: Array | None = None
+    """DoRA's magnitude over norm, per output; None for what has none."""
+    outputs: str = ""
+    """The dims of `gain`, as the forward names them."""
+
+    @staticmethod
+    def of(adapted: Adapted, layer: int | None) -> LayerAdapter:
+        """An adapter's part in one stacked layer; None where none are stacked."""
+        a, b = adapted.lora_a, adapted.lora_b
+        return LayerAdapter(
+            adapted.site.forward,
+            a if layer is None else a[layer],
+            b if layer is None else b[layer],
+            adapted.scale,
+            adapted.weight,
+            adapted.gain if layer is None or adapted.gain is None else adapted.gain[layer],
+            adapted.site.parameters.equation.outputs,
+        )
+
+    def low_rank(self, inputs: Array) -> Array:
+        """The adapter's own branch, in two steps."""
+        down = np.einsum(self.forward.down, inputs, self.lora_a, optimize=True)
+        return np.asarray(self._gained(self.scale * np.einsum(self.forward.up, down, self.lora_b, optimize=True)))
+
+    def change(self, base: Array, low_rank: Array) -> Array:
+        """What the adapter changes of the layer's output."""
+        if self.gain is None:
+            return np.asarray(self.weight * low_rank)
+        return np.asarray(self.weight * (self._gained(base) + low_rank - base))
+
+    def _gained(self, values: Array) -> Array:
+        if self.gain is None:
+            return values
+        output = self.forward.base.split("->")[1]
+        return np.asarray(np.einsum(f"{output},{self.outputs}->{output}", values, self.gain))
+
+
 class ModelLayer:
     """One layer with its inputs; takes the kernel piece by piece, since it is linear in it.
 
     Args:
-        forward: What the model computes.
+        adapters: The adapters in it.
         shape: The kernel's extents in one layer.
-        a: One layer of lora_a, float64.
-        b: One layer of lora_b, float64.
-        scale: What the adapter's output is multiplied by.
         rng: Where the inputs come from.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        shape: tuple[int, ...],
-        a: Array,
-        b: Array,
-        scale: float,
-        rng: np.random.Generator,
-    ) -> None:
+    def __init__(self, adapters: Sequence[LayerAdapter], shape: tuple[int, ...], rng: np.random.Generator) -> None:
+        self._adapters = adapters
+        forward = adapters[0].forward
         operands, self._output = forward.base.split("->")
         self._input, self._kernel = operands.split(",")
         self._formula = forward.base
         sizes = dict(zip(self._kernel, shape, strict=True))
-        self._inputs = layer_inputs(forward, self._input, sizes, a, rng)
+        self._inputs = layer_inputs(forward, self._input, sizes, adapters[0].lora_a, rng)
         self._magnitudes = np.abs(self._inputs)
-        self._adapter = scale * np.einsum(
-            forward.up, np.einsum(forward.down, self._inputs, a, optimize=True), b, optimize=True
-        )
-        self._base = np.zeros(self._adapter.shape)
-        self._merged = np.zeros(self._adapter.shape)
-        self._served = np.zeros(self._adapter.shape)
-        self._limit = np.zeros(self._adapter.shape)
+        self._low_rank = [adapter.low_rank(self._inputs) for adapter in adapters]
+        empty = self._low_rank[0].shape
+        self._base = np.zeros(empty)
+        self._merged = np.zeros(empty)
+        self._served = np.zeros(empty)
+        self._limit = np.zeros(empty)
 
     def take(self, region: Region, kernel: Array, merged: Array, served: Array, limit: Array) -> LayerPart:
         """What one piece of the kernel contributes; nothing is kept, so pieces may be computed at the same time.
@@ -100,19 +143,22 @@ class ModelLayer:
             return self._errors()
 
     def _errors(self) -> LayerError:
-        error = self._merged - (self._base + self._adapter)
+        self._change = np.zeros(self._base.shape)
+        for adapter, low_rank in zip(self._adapters, self._low_rank, strict=True):
+            self._change += adapter.change(self._base, low_rank)
+        error = self._merged - (self._base + self._change)
         share = np.where(error == 0, 0.0, np.abs(error) / self._limit)
         return LayerError(
             self._relative(error),
             float(share.max(initial=0.0)) if np.isfinite(share).all() and np.isfinite(self._limit).all() else math.inf,
-            self._relative(self._served - self._adapter),
+            self._relative(self._served - self._change),
         )
 
     def _relative(self, error: Array) -> float | None:
         """The root mean square over inputs of the error's norm, relative to that of the adapter's output."""
         per_input = self._output.index(_position(self._input))
         axes = tuple(axis for axis in range(error.ndim) if axis != per_input)
-        wanted = np.square(self._adapter).sum(axis=axes)
+        wanted = np.square(self._change).sum(axis=axes)
         if not np.all(wanted > 0):
             return None
         ratio = float(np.sqrt(np.mean(np.square(error).sum(axis=axes) / wanted)))

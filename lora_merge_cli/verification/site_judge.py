@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,11 @@ from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.lowrank import input_basis
-from lora_merge_cli.records import AdapterSite, Array, Region, region_shape, relative
+from lora_merge_cli.records import Array, Region, region_shape, relative
 from lora_merge_cli.side_by_side import pieces
 from lora_merge_cli.survival import Moments, Realised
-from lora_merge_cli.verification.model_layer import LayerError, LayerPart, ModelLayer
+from lora_merge_cli.verification.adapted import Adapted
+from lora_merge_cli.verification.model_layer import LayerAdapter, LayerError, LayerPart, ModelLayer
 from lora_merge_cli.verification.projection import ProjectedPart, Projection
 
 _EPSILON = 2.0**-24
@@ -57,19 +58,19 @@ class Terms:
 class SiteJudge:
     """Judges one site, block by block in any order.
 
-    The ideal is ``ref = w + s * a @ b`` in float64, and an entry may be off by
+    The ideal is ``ref = w + s * a @ b`` in float64, summed over all adapters, and an entry may be off by
 
         ulps * ulp(ref) + c * (2^-24 * (|w| + |s| * |a_i| * |b_j|) + 2^-126),   c = rank + heads + 4
 
     with ulp that of the stored dtype, ``|b|`` summed over the heads where the model sums them. Any sum of rank float32 products
     in any order stays below it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); 2^-126 is for devices
-    that flush subnormal numbers to zero.
+    that flush subnormal numbers to zero. With DoRA's gain g the ideal is ``g * (w + s * a @ b)``, and the relative error of a
+    float32 norm over n inputs comes on top: ``(16 + sqrt(n)) * 2^-24``.
 
     Args:
         where: The kernel in the checkpoint, as errors name it.
-        site: The site.
+        adapted: The adapters on the kernel.
         shape: The kernel's shape.
-        factors: ``lora_a`` and ``lora_b``, as stored.
         dtype: The merged kernel's dtype.
         terms: What else it may differ by.
         layers: The stacked layers to look at; ``(0,)`` where none are stacked.
@@ -78,36 +79,31 @@ class SiteJudge:
     def __init__(
         self,
         where: str,
-        site: AdapterSite,
+        adapted: Sequence[Adapted],
         shape: tuple[int, ...],
-        factors: Mapping[str, Array],
         dtype: np.dtype[Any],
         terms: Terms,
         layers: Sequence[int],
     ) -> None:
-        self._equation = equation = site.parameters.equation
+        self._equation = equation = adapted[0].site.parameters.equation
         self._where, self._dtype, self._terms = where, dtype, terms
-        self._scale = float(site.parameters.scale.value or 0.0) * terms.multiplier
-        batch, inputs, outputs, rank = equation.batch, equation.inputs, equation.outputs, equation.rank
-        a, b = (factors[role].astype(np.float64) for role in ("lora_a", "lora_b"))
-        summed = tuple(equation.b.index(dim) for dim in equation.summed)
-        heads = math.prod(b.shape[axis] for axis in summed)
-        self._allowed_steps = site.parameters.rank + heads + 4
-        self._a = _arranged(a, equation.a, batch + inputs + rank)
-        kept = "".join(dim for dim in equation.b if dim not in equation.summed)
-        self._b = _arranged(b.sum(axis=summed), kept, batch + rank + outputs)
-        self._b_size = _arranged(np.abs(b).sum(axis=summed), kept, batch + rank + outputs)
+        batch = equation.batch
+        self._allowed_steps = sum(part.steps for part in adapted) + 4
+        self._a = np.concatenate([part.left() for part in adapted], axis=-1)
+        self._b = np.concatenate([part.right() for part in adapted], axis=len(batch))
+        self._b_size = np.concatenate([part.right(magnitudes=True) for part in adapted], axis=len(batch))
+        gains = [gain for part in adapted if (gain := part.extra_gain) is not None]
+        self._gain = sum(gains[1:], gains[0]) if gains else None
+        self._gain_size = None if not gains else 1.0 + np.sum(np.abs(gains), axis=0)
+        self._gain_error = max(part.gain_error for part in adapted)
         self._basis = input_basis(self._a, len(batch)).astype(np.float64)
         self._first = 1 if equation.stacked else 0
         self.layers = {layer: LayerVerdict() for layer in layers}
         rng = np.random.default_rng(0)
         self._models = {
             layer: ModelLayer(
-                site.forward,
+                [LayerAdapter.of(part, layer if equation.stacked else None) for part in adapted],
                 shape[self._first :],
-                a[layer] if equation.stacked else a,
-                b[layer] if equation.stacked else b,
-                self._scale,
                 rng,
             )
             for layer in layers
@@ -179,8 +175,17 @@ class SiteJudge:
         w = kernel.astype(np.float64)
         added_to = w if base is None else base.astype(np.float64)
         m = merged.astype(np.float64)
-        delta = self._as_kernel(self._scale * (a @ b), shape)
-        size = self._as_kernel(np.abs(self._scale * a) @ b_size, shape)
+        delta = self._as_kernel(a @ b, shape)
+        size = self._as_kernel(np.abs(a) @ b_size, shape)
+        ideal_projection = (basis.T @ a) @ b
+        if self._gain is not None and self._gain_size is not None:
+            gain, gain_size = (
+                self._as_kernel(np.broadcast_to(_columns(g[(*batch, *outputs)][None]), (len(a), b.shape[1])), shape)
+                for g in (self._gain, self._gain_size)
+            )
+            delta = delta + gain * added_to
+            size = (size + gain_size * np.abs(added_to)) * (1 + self._gain_error / (self._allowed_steps * _EPSILON))
+            ideal_projection = basis.T @ self._as_matrix(delta)
         found, limit = self._exactness(m, added_to, delta, size, kernel.dtype)
         if found.non_finite:
             m = np.where(np.isfinite(m), m, added_to)
@@ -198,7 +203,7 @@ class SiteJudge:
             projected=ProjectedPart(
                 outputs,
                 len(a),
-                self._scale * ((basis.T @ a) @ b),
+                ideal_projection,
                 {dtype.name: basis.T @ self._as_matrix(q) for dtype, q in realised.items()},
             ),
             forward=self._models[layer].take(
@@ -303,10 +308,6 @@ def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
         return values
     with np.errstate(over="ignore"):
         return values.astype(stored).astype(dtype).astype(np.float64)
-
-
-def _arranged(values: Array, dims: str, order: Iterable[str]) -> Array:
-    return np.ascontiguousarray(np.transpose(values, [dims.index(dim) for dim in order]))
 
 
 def _rows(values: Array) -> Array:

@@ -1,0 +1,191 @@
+"""What becomes of one leaf when all adapters have had their say: pure, and shared by the plan and the judge of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import replace as with_fields
+from typing import Any
+
+import numpy as np
+
+from lora_merge_cli.dialects import Dialect
+from lora_merge_cli.dtypes import FLOAT32, is_float
+from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint
+from lora_merge_cli.formats.interface import Source
+from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.options import MergeOptions, cast_dtype
+from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, Survey, TensorSpec, display
+from lora_merge_cli.selection import Selection
+
+_RESCALING = "dora"
+
+
+@dataclass(frozen=True)
+class LeafChange:
+    """One leaf of the output.
+
+    With W the checkpoint's values, each adapter k makes of them ``W_k``: its replacement instead of W, in whole or in rows, then
+    its own sites. The result is ``W + sum over k of weight_k * (W_k - W)``.
+    """
+
+    path: KeyPath
+    """Its path in the output."""
+    before: TensorSpec | None
+    """The checkpoint's leaf that it comes from; None for one that only an adapter has."""
+    sites: tuple[AdapterSite, ...] = ()
+    """The adapters' sites on it."""
+    replacements: tuple[Replacement, ...] = ()
+    """What adapters bring instead of its values, each with its whole weight."""
+    brought: TensorSpec | None = None
+    """The adapter's leaf that replaces it whole."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything but its path is another than before."""
+        return bool(self.sites or self.replacements)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the checkpoint has no leaf of this path."""
+        return self.before is None or self.before.path != self.path
+
+    @property
+    def start(self) -> TensorSpec:
+        """What its values are before any site is applied: shape, and the dtype that they are exact in."""
+        whole = self.whole
+        if whole is not None and self.brought is not None and (self.before is None or whole.weight == 1):
+            return TensorSpec(self.path, self.brought.shape, self.brought.dtype)
+        assert self.before is not None, "a leaf comes from the checkpoint or from an adapter"
+        dtype = self.before.dtype
+        if self.replacements and is_float(dtype) and dtype.itemsize < FLOAT32.itemsize:
+            dtype = FLOAT32
+        return TensorSpec(self.path, self.before.shape, dtype, self.before.kind)
+
+    @property
+    def whole(self) -> Replacement | None:
+        """The replacement of the whole leaf, if there is one."""
+        return next((found for found in self.replacements if found.rows is None), None)
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether the checkpoint's own values are part of the result."""
+        whole = self.whole
+        return self.before is not None and (whole is None or whole.weight != 1)
+
+    def read_whole(self, inputs: Inputs) -> Iterator[tuple[Source, KeyPath]]:
+        """The leaves that are read block by block."""
+        if self.reads_before and self.before is not None:
+            yield inputs.checkpoint.source, self.before.path
+        whole = self.whole
+        if whole is not None:
+            yield inputs.source(whole.adapter), whole.path
+
+
+def leaf_changes(
+    inputs: Inputs, survey: Survey, selection: Selection, options: MergeOptions
+) -> Mapping[KeyPath, LeafChange]:
+    """Every leaf that adapters change, replace or create, by its path in the output.
+
+    Raises:
+        ShapeMismatch: A replacement does not fit its leaf.
+        UnsupportedCheckpoint: Weights and replacements that have no meaning together.
+    """
+    index = inputs.checkpoint.source.index()
+    created = {leaf.path: leaf.source for leaf in survey.created}
+    targets = dict.fromkeys(
+        [
+            *created,
+            *(found.target for found in selection.replacements),
+            *(site.targets[0] for site in selection.sites),
+        ]
+    )
+    changes = {}
+    for path in targets:
+        replacements = tuple(
+            with_fields(found, weight=found.weight * options.multiplier)
+            for found in selection.replacements
+            if found.target == path
+        )
+        before = index.tensors.get(created.get(path, path))
+        brought = None
+        for found in replacements:
+            brought = _fitting(inputs, found, before)
+        change = LeafChange(
+            path=path,
+            before=before,
+            sites=tuple(site for site in selection.sites if site.targets[0] == path),
+            replacements=replacements,
+            brought=brought if any(found.rows is None for found in replacements) else None,
+        )
+        _refuse_meaningless(change, inputs)
+        changes[path] = change
+    return changes
+
+
+def output_dtype(change: LeafChange, options: MergeOptions, dialect: Dialect) -> np.dtype[Any]:
+    """What the leaf is stored in: that of the checkpoint's leaf, an adapter's where there is none, or what the user asks for."""
+    stored = change.before.dtype if change.before is not None else change.start.dtype
+    if not is_float(stored) or change.start.kind != "array":
+        return stored
+    if not change.changes:
+        return cast_dtype(options.dtype_untouched, stored, stored)
+    auto = dialect.fused_dtype(stored) if change.sites else stored
+    return cast_dtype(options.dtype, stored, auto)
+
+
+def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> TensorSpec:
+    """The adapter's leaf, which must fit the checkpoint's: rows beyond a vocabulary are all that may be new."""
+    source = inputs.source(found.adapter)
+    spec = source.index().tensors[found.path]
+    where = f"{source.path} :: {spec.name}"
+    if before is None:
+        if found.weight != 1:
+            raise UnsupportedCheckpoint(
+                "a new tensor at a weight other than 1: there is nothing to take the rest from",
+                where=where,
+                found=f"weight {found.weight:g}",
+                hint="leave it out with --exclude, or take the adapter at weight 1",
+            )
+        return spec
+    if is_float(spec.dtype) != is_float(before.dtype) or (found.weight != 1 and not is_float(spec.dtype)):
+        raise ShapeMismatch(
+            "a replacement of another kind of numbers", where=where, expected=before.dtype.name, found=spec.dtype.name
+        )
+    grown = spec.shape[:1] > before.shape[:1] or spec.shape[:1] < before.shape[:1]
+    fits = spec.shape[1:] == before.shape[1:] and (found.rows is not None or found.weight == 1 or not grown)
+    if not fits or len(spec.shape) != len(before.shape):
+        raise ShapeMismatch("a replacement that does not fit", where=where, expected=before.shape, found=spec.shape)
+    if found.rows is not None and (len(found.rows) != spec.shape[0] or max(found.rows, default=-1) >= before.shape[0]):
+        raise ShapeMismatch(
+            "token rows that do not fit",
+            where=where,
+            expected=f"{len(found.rows)} rows below {before.shape[0]}",
+            found=f"{spec.shape[0]} rows, the last index {max(found.rows, default=-1)}",
+        )
+    return spec
+
+
+def _refuse_meaningless(change: LeafChange, inputs: Inputs) -> None:
+    owners = {site.adapter for site in change.sites} | {found.adapter for found in change.replacements}
+    rescaled = any(site.operation == _RESCALING for site in change.sites)
+    weighed = any(found.weight != 1 for found in change.replacements)
+    if change.replacements and rescaled and (len(owners) > 1 or weighed):
+        raise UnsupportedCheckpoint(
+            "DoRA on a replaced tensor, weighted or beside another adapter",
+            where=display(change.path),
+            hint="merge that adapter alone, at weight 1",
+        )
+    for site in change.sites:
+        first = change.sites[0].parameters.equation
+        one, other = [_roles(equation.target, equation.inputs) for equation in (first, site.parameters.equation)]
+        if one != other:
+            raise UnsupportedCheckpoint(
+                "two adapters that read one kernel in two orientations",
+                where=f"{inputs.checkpoint.source.path} :: {display(change.path)}",
+                found=f"{first} and {site.parameters.equation}",
+            )
+
+
+def _roles(target: str, inputs: str) -> tuple[bool, ...]:
+    return tuple(dim in inputs for dim in target)

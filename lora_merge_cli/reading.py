@@ -1,0 +1,91 @@
+"""Reading what a leaf starts as: the checkpoint's values, an adapter's instead of them, or both at a weight."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_merge_cli.dtypes import is_float
+from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.formats.interface import Source
+from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.lowrank import with_ones
+from lora_merge_cli.plan import Step
+from lora_merge_cli.records import AdapterSite, Array, Region, Replacement, TensorSpec, full_region, region_shape
+
+
+def read_start(inputs: Inputs, step: Step, region: Region) -> Array:
+    """The values of a leaf in a region before any site is applied, in `step.source`'s dtype.
+
+    Raises:
+        CorruptCheckpoint: An input cannot be read.
+        NonFiniteInput: An adapter's replacement holds NaN or Inf.
+    """
+    values: Array | None = None
+    whole = next((found for found in step.replacements if found.rows is None), None)
+    if step.before is not None and (whole is None or whole.weight != 1):
+        values = inputs.checkpoint.source.read(step.before.path, region)
+        if step.replacements:
+            values = values.astype(step.source.dtype)
+    if whole is not None:
+        brought = _finite(inputs, whole, region)
+        values = brought if values is None else _blend(values, brought, whole.weight)
+    assert values is not None, "a leaf comes from the checkpoint or from an adapter"
+    for found in step.replacements:
+        if found.rows is not None:
+            _replace_rows(inputs, found, region, values)
+    return values
+
+
+def _replace_rows(inputs: Inputs, found: Replacement, region: Region, values: Array) -> None:
+    rows = np.asarray(found.rows)
+    first, *rest = region
+    inside = np.flatnonzero((rows >= first.start) & (rows < first.stop))
+    if not len(inside):
+        return
+    brought = _finite(inputs, found, (slice(0, len(rows)), *rest))[inside]
+    at = rows[inside] - first.start
+    values[at] = brought if found.weight == 1 else _blend(values[at], brought, found.weight)
+
+
+def _blend(values: Array, brought: Array, weight: float) -> Array:
+    """``(1 - weight) * values + weight * brought``, in the dtype of `values`."""
+    unit = values.dtype.type
+    return np.asarray(unit(1 - weight) * values + unit(weight) * brought.astype(values.dtype), values.dtype)
+
+
+def _finite(inputs: Inputs, found: Replacement, region: Region) -> Array:
+    source = inputs.source(found.adapter)
+    values = source.read(found.path, region)
+    if is_float(values.dtype):
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        if bad:
+            raise NonFiniteInput(
+                "an adapter's own tensor is not finite",
+                where=f"{source.path} :: {source.index().tensors[found.path].name}",
+                expected="finite values",
+                found=f"{bad} of {values.size} entries NaN or Inf",
+            )
+    return values
+
+
+def read_factors(inputs: Inputs, site: AdapterSite) -> dict[str, Array]:
+    """A site's factors by role, as its equation takes them, in the stored dtypes; see `AdapterSite.factors`.
+
+    Raises:
+        CorruptCheckpoint: One cannot be read.
+    """
+    source = inputs.source(site.adapter)
+    leaves = {
+        path: read_whole(source, source.index().tensors[path]) for path in {f.path for f in site.factors.values()}
+    }
+    return with_ones({role: factor.of(leaves[factor.path]) for role, factor in site.factors.items()})
+
+
+def read_whole(source: Source, spec: TensorSpec) -> Array:
+    """All values of a leaf."""
+    return source.read(spec.path, full_region(spec.shape))
+
+
+def nbytes(region: Region, spec: TensorSpec) -> int:
+    """The size of a region of a leaf when decoded."""
+    return int(np.prod(region_shape(region))) * spec.dtype.itemsize

@@ -1,0 +1,108 @@
+"""What stands beside the arrays of a result: normalisation statistics, configuration, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_merge_cli.assets import NORM_STATS, check_assets
+from lora_merge_cli.formats.interface import Checkpoint
+from lora_merge_cli.records import ModelSummary
+from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.verification.expectation import Expectation
+
+_MANY = 8
+_CONFIG = "config.json"
+
+
+def check_assets_of(
+    merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary, expectation: Expectation
+) -> CheckRecord:
+    """What serving needs beside the arrays: present, sane, and what the merge makes of the checkpoint's."""
+    if _CONFIG in checkpoint.companions or _CONFIG in merged.companions:
+        return _companions(merged, checkpoint, expectation)
+    return assets(merged, checkpoint, summary)
+
+
+def _companions(merged: Checkpoint, checkpoint: Checkpoint, expectation: Expectation) -> CheckRecord:
+    """The other files of a model's directory, and what its configuration must say."""
+    wrong = list(_config_mistakes(merged.config, expectation.config))
+    missing = [name for name in checkpoint.companions if name not in merged.companions]
+    figures = {"files": len(checkpoint.companions), "missing": len(missing)}
+    if wrong:
+        return CheckRecord("assets", "fail", "; ".join(wrong[:3]), figures, (_CONFIG,))
+    if not merged.companions:
+        return CheckRecord("assets", "skip", "the result is arrays alone: no config.json beside them", figures)
+    if missing:
+        message = f"{len(missing)} files of the base are not beside the result: {', '.join(missing[:3])}"
+        return CheckRecord("assets", "warn", message, figures, tuple(missing[:_MANY]))
+    return CheckRecord(
+        "assets", "pass", f"config.json and {len(checkpoint.companions) - 1} other files are there", figures
+    )
+
+
+def _config_mistakes(config: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in wanted.items():
+        if config is None:
+            yield f"config.json must say {key} = {json.dumps(value)}, and there is none"
+            continue
+        found: Any = config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if found != value:
+            yield f"config.json says {key} = {json.dumps(found)}, and the adapter makes it {json.dumps(value)}"
+
+
+def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) -> CheckRecord:
+    """What serving needs beside the parameters: present, finite, sane, and the checkpoint's."""
+    if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.name == "unknown"):
+        return CheckRecord("assets", "skip", "neither the checkpoint nor the result has assets")
+    after = check_assets(merged.assets, quantiles=summary.needs_quantiles)
+    before = check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
+    old = {_without_folder(problem, checkpoint.assets) for problem in before.problems}
+    new = [problem for problem in after.problems if _without_folder(problem, merged.assets) not in old]
+    figures = {"norm_stats": len(after.asset_ids)}
+    if new:
+        return CheckRecord("assets", "fail", "; ".join(new[:3]), figures)
+    if after.problems:
+        return CheckRecord("assets", "warn", f"as in the checkpoint: {'; '.join(after.problems[:3])}", figures)
+    lost, changed = _compare_norm_stats(merged.assets, checkpoint.assets)
+    if lost:
+        message = f"norm stats of the checkpoint are missing: {', '.join(lost[:3])}"
+        return CheckRecord("assets", "fail", message, figures, tuple(lost[:_MANY]))
+    if changed:
+        message = "norm stats are sane and not the checkpoint's: actions are scaled in another way"
+        return CheckRecord("assets", "warn", message, figures, tuple(changed[:_MANY]))
+    return CheckRecord("assets", "pass", f"norm stats of {', '.join(after.asset_ids)} are there and sane", figures)
+
+
+def _without_folder(problem: str, folder: Path | None) -> str:
+    return problem if folder is None else problem.replace(str(folder), "assets")
+
+
+def _compare_norm_stats(after: Path | None, before: Path | None) -> tuple[list[str], list[str]]:
+    """The norm stats of the checkpoint that the result lacks, by file and series, and the files that say something else."""
+    lost: list[str] = []
+    changed: list[str] = []
+    if after is None or before is None:
+        return lost, changed
+    for file in sorted(before.rglob(NORM_STATS)):
+        name = file.relative_to(before)
+        if not (after / name).is_file():
+            lost.append(str(name))
+            continue
+        old, new = _norm_stats(file), _norm_stats(after / name)
+        lost += [f"{name}: {series}" for series in old if series not in new]
+        if old != new:
+            changed.append(str(name))
+    return lost, changed
+
+
+def _norm_stats(file: Path) -> dict[str, Any]:
+    """The series of a file; none if it is no such file, which is another check's to say."""
+    try:
+        return dict(json.loads(file.read_text())["norm_stats"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
