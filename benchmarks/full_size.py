@@ -14,14 +14,12 @@ import multiprocessing
 import os
 import platform
 import shutil
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from timing import Run, median_ratio, print_table, timed
 
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.formats.interface import LeafData
@@ -46,10 +44,13 @@ def make_checkpoint(directory: Path, *, layer_chunks: bool) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
-    def leaves() -> Iterator[LeafData]:
-        for seed, (name, leaf) in enumerate(layout.items()):
+    def specs() -> Iterator[TensorSpec]:
+        for name, leaf in layout.items():
             path = ("params", *name.split("/"), "value")
-            spec = TensorSpec(path, tuple(leaf["shape"]), dtype_named(leaf["dtype"]))
+            yield TensorSpec(path, tuple(leaf["shape"]), dtype_named(leaf["dtype"]))
+
+    def leaves() -> Iterator[LeafData]:
+        for seed, spec in enumerate(specs()):
             chunk = list(spec.shape)
             if layer_chunks and len(chunk) > 2:
                 chunk[0] = 1
@@ -69,25 +70,12 @@ def make_checkpoint(directory: Path, *, layer_chunks: bool) -> None:
                 part[:] = pool[offset : offset + part.size] * std
             yield region, flat.reshape(shape)
 
-    OrbaxSink(partial, "params", 2).write(leaves(), ())
+    OrbaxSink(partial, "params", 2).write(list(specs()), leaves(), ())
     stats = partial / "assets" / "trossen" / "norm_stats.json"
     stats.parent.mkdir(parents=True)
     entry = {"mean": [0.0], "std": [1.0], "q01": [-1.0], "q99": [1.0]}
     stats.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
     partial.rename(directory)
-
-
-def timed(command: list[str]) -> tuple[float, float, float, float]:
-    """Wall, user and system seconds, and peak resident GiB, of a command with its data on disk at the end."""
-    os.sync()
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    os.sync()
-    wall = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {os.waitstatus_to_exitcode(status)}")
-    return wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -109,7 +97,7 @@ def main() -> None:
         raise SystemExit("the checkpoint could not be made")
     merged, copy = DATA / "merged", DATA / "copy"
     names = ("inspect", "merge", "cp -r", "verify", "verify --sample 2", "diff")
-    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in names}
+    rows: dict[str, list[Run]] = {name: [] for name in names}
     for _ in range(options.runs):
         for target in (merged, copy):
             shutil.rmtree(target, ignore_errors=True)
@@ -123,15 +111,10 @@ def main() -> None:
         rows["diff"].append(timed([*COMMAND, "diff", str(merged), str(copy), "-q"]))
     size = sum(file.stat().st_size for file in merged.rglob("*") if file.is_file())
     print(f"{platform.machine()}, {os.cpu_count()} cores; output {size / 2**30:.2f} GiB; {options.runs} runs")
-    print(f"{'':18}{'wall median':>12}{'wall min':>10}{'user':>8}{'sys':>8}{'peak GiB':>10}")
-    for name, runs in rows.items():
-        wall, user, system, peak = zip(*runs, strict=True)
-        middle = [statistics.median(values) for values in (wall, user, system)]
-        print(f"{name:18}{middle[0]:11.1f}s{min(wall):9.1f}s{middle[1]:7.1f}s{middle[2]:7.1f}s{max(peak):10.2f}")
+    print_table(rows)
     planned = json.loads((merged / "lora_merge.json").read_text())["peak_bytes_planned"] / 2**30
     print(f"the plan said {planned:.1f} GiB")
-    ratio = statistics.median(run[0] for run in rows["merge"]) / statistics.median(run[0] for run in rows["cp -r"])
-    print(f"merge takes {ratio:.1f} times the copy (medians)")
+    print(f"merge takes {median_ratio(rows, 'merge', 'cp -r'):.1f} times the copy (medians)")
     shutil.rmtree(copy)
     if not options.keep:
         shutil.rmtree(merged)

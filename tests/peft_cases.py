@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -36,13 +37,14 @@ COMPANIONS = {
 hub_logging.set_verbosity_error()
 hub_logging.disable_progress_bar()
 logging.getLogger("peft").setLevel(logging.ERROR)
+torch.set_num_threads(1)
 
 _SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
@@ -62,7 +64,7 @@ def small_config(kind: str, **changes: Any) -> Any:
     elif kind in ("mixtral", "gpt_oss"):
         settings |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     elif kind == "qwen3_moe":
-        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
     if kind in ("gpt_oss", "qwen3_moe"):
         settings |= {"head_dim": 8}
     return transformers.AutoConfig.for_model(kind, **(settings | changes))
@@ -155,7 +157,7 @@ def save_adapter(
     model: Any, config: Any, directory: Path, *, seed: int = 1, edit: Callable[[Any], Any] | None = None, **options: Any
 ) -> Path:
     """Adapt a copy of the model, pretend to train it, and save the adapter as peft does."""
-    with quiet():
+    with quiet(), mock.patch.object(peft.PeftModel, "create_or_update_model_card"):
         adapted = train(peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config)), seed)
         if edit is not None:
             edit(adapted)

@@ -213,8 +213,8 @@ def test_one_wrapper_that_fits_two_parameters_goes_by_the_configuration_or_is_re
         config = {**NEW, "target_parameters": [f"experts.{parameter}"]}
         (site,) = sites(expert_sites("m.experts", [pair(0, *SQUARE)], base, config))
         assert site.parameter == parameter
-    # "proj" ends both names, and at no dot.
-    config = {**NEW, "target_parameters": ["_proj"]}
+    # It ends the name, and begins at no dot.
+    config = {**NEW, "target_parameters": ["n_proj"]}
     assert isinstance(expert_sites("m.experts", [pair(0, *SQUARE)], base, config), UnmatchedAdapter)
 
 

@@ -87,8 +87,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path):
     (model / "b.json").symlink_to(tmp_path / "elsewhere/b.json")
     (model / "loop").symlink_to(model)
     (tmp_path / "elsewhere/tokenizer/up").symlink_to(model)
-    assert companions(model, ()) == ("again/a.json", "b.json", "config.json", "tokenizer/a.json")
-    assert left_out(model, ()) == dict.fromkeys(("again/up/", "loop/", "tokenizer/up/"), "a link to a folder around it")
+    put(model, "deep/er/c.json")
+    (model / "deep/er/back").symlink_to(model / "deep")
+    assert companions(model, ()) == ("again/a.json", "b.json", "config.json", "deep/er/c.json", "tokenizer/a.json")
+    assert left_out(model, ()) == dict.fromkeys(
+        ("again/up/", "deep/er/back/", "loop/", "tokenizer/up/"), "a link to a folder around it"
+    )
 
 
 def test_a_link_that_leads_nowhere(tmp_path: Path):

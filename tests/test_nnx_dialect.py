@@ -150,6 +150,8 @@ def test_trees_are_told_apart() -> None:
     for shapes in (LINEAR, WRAPPED):
         assert (OpenPI().matches(tree(shapes)), Nnx().matches(tree(shapes))) == (False, True)
         assert not Plain().matches(tree(shapes))
+    mixed = tree({"PaliGemma/img/kernel": (3, 4), **LINEAR})
+    assert (OpenPI().matches(mixed), Nnx().matches(mixed)) == (True, False)
     plain = Tree(
         Index({(n,): TensorSpec((n,), (1,), np.dtype(np.float32)) for n in ("x.lora_A.weight", "x.weight")}), "t"
     )

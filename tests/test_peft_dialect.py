@@ -75,7 +75,7 @@ def test_a_linear_layer():
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_equation_agrees_with_the_forward_pass(keys, weight, model, equation, dora):
     module = next(iter(keys)).removeprefix(PREFIX).split(".lora_")[0]
-    outputs = weight[1] if "ri,or->io" == equation or equation.startswith("rv") else weight[0]
+    outputs = weight[1] if equation == "ri,or->io" or equation.startswith("rv") else weight[0]
     if dora:
         keys = keys | {f"{PREFIX}{module}.lora_magnitude_vector": (1, outputs) + (1,) * (len(weight) - 2)}
     site = only_site(keys, {f"{module}.weight": weight}, model=model, use_dora=dora)

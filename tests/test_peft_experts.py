@@ -41,7 +41,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "rsLoRA and patterns": {
         "target_parameters": [UP, DOWN],
         "use_rslora": True,
-        "rank_pattern": {"experts.down_proj": 3},
+        "rank_pattern": {"experts.down_proj": 2},
         "alpha_pattern": {r"layers.0.mlp.experts.gate_up_proj": 5},
     },
 }
@@ -52,7 +52,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 def test_parameters_of_experts(
     kind: str, targets: dict[str, Any], models: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = LoraConfig(**({"r": 2, "lora_alpha": 5, "target_modules": []} | targets))
+    config = LoraConfig(**({"r": 4, "lora_alpha": 5, "target_modules": []} | targets))
     adapter = cases.save_adapter(models[kind], config, tmp_path / "adapter")
     merged = cases.merge(bases[kind], adapter, out=tmp_path / "out", flags=("--verify",))
     cases.assert_same(merged, cases.merged_by_peft(bases[kind], adapter), cases.tensors(bases[kind]))
@@ -62,7 +62,7 @@ def test_parameters_of_experts(
 def test_the_merged_experts_answer_as_the_adapter_does(
     kind: str, models: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj"], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=["q_proj"], target_parameters=[UP, DOWN])
     adapter = cases.save_adapter(models[kind], config, tmp_path / "adapter")
     cases.merge(bases[kind], adapter, out=tmp_path / "out")
     adapted = cases.with_adapter(bases[kind], adapter)
@@ -74,7 +74,7 @@ def test_a_router_and_attention_alone(
     kind: str, models: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
     router = "mlp.router" if kind == "gpt_oss" else "mlp.gate"
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=["v_proj"], target_parameters=[f"{router}.weight"])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=["v_proj"], target_parameters=[f"{router}.weight"])
     adapter = cases.save_adapter(models[kind], config, tmp_path / "adapter")
     merged = cases.merge(bases[kind], adapter, out=tmp_path / "out")
     cases.assert_same(merged, cases.merged_by_peft(bases[kind], adapter), cases.tensors(bases[kind]))
@@ -97,15 +97,15 @@ def test_experts_by_name_as_transformers_4_has_them(kind: str, bases: dict[str, 
             for name in names:
                 module = f"model.layers.{layer}.{folder}.{expert}.{name}"
                 rows, columns = base[f"{module}.weight"].shape
-                a = torch.randn(2, columns, generator=generator)
-                b = torch.randn(rows, 2, generator=generator)
+                a = torch.randn(4, columns, generator=generator)
+                b = torch.randn(rows, 4, generator=generator)
                 factors[f"base_model.model.{module}.lora_A.weight"] = a
                 factors[f"base_model.model.{module}.lora_B.weight"] = b
                 expected[f"{module}.weight"] = (
-                    base[f"{module}.weight"].double() + 5 / 2 * b.double() @ a.double()
+                    base[f"{module}.weight"].double() + 5 / 4 * b.double() @ a.double()
                 ).float()
     adapter = tmp_path / "adapter"
-    LoraConfig(r=2, lora_alpha=5, target_modules=list(names), task_type="CAUSAL_LM").save_pretrained(adapter)
+    LoraConfig(r=4, lora_alpha=5, target_modules=list(names), task_type="CAUSAL_LM").save_pretrained(adapter)
     save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     merged = cases.merge(bases[kind], adapter, out=tmp_path / "out")
     cases.assert_same(merged, expected, base)
@@ -115,13 +115,13 @@ def test_experts_by_name_as_transformers_4_has_them(kind: str, bases: dict[str, 
 def test_an_expert_that_was_never_chosen_is_no_reason_to_refuse(
     models: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
 
     def forget(adapted: Any) -> None:
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
-                    parameter.view(parameter.shape[0], 2, 4)[:, :, 1] = 0
+                    parameter.view(parameter.shape[0], 4, 4)[:, :, 1] = 0
 
     adapter = cases.save_adapter(models["mixtral"], config, tmp_path / "adapter", edit=forget)
     merged = cases.merge(bases["mixtral"], adapter, out=tmp_path / "out")
@@ -140,14 +140,14 @@ def test_square_experts(kind: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32}
     model = cases.small_model(kind, **sizes)
     base = cases.save_base(model, tmp_path / "base")
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
     adapter = cases.save_adapter(model, config, tmp_path / "adapter")
     merged = cases.merge(base, adapter, out=tmp_path / "out")
     cases.assert_same(merged, cases.merged_by_peft(base, adapter), cases.tensors(base))
 
 
 def test_a_bfloat16_gpt_oss(models: dict[str, Any], tmp_path: Path) -> None:
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
     adapter = cases.save_adapter(models["gpt_oss"], config, tmp_path / "adapter")
     base = cases.save_base(cases.small_model("gpt_oss"), tmp_path / "base", torch.bfloat16)
     merged = cases.merge(base, adapter, out=tmp_path / "out")
@@ -163,7 +163,7 @@ def test_a_missing_expert_on_disk_is_refused(models: dict[str, Any], bases: dict
     stored = cases.tensors(base)
     stored.pop(missing)
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
     adapter = cases.save_adapter(models["mixtral"], config, tmp_path / "adapter")
     outcome = cases.attempt(base, adapter, out=tmp_path / "out")
     assert outcome.code == 4
@@ -174,7 +174,7 @@ def test_a_missing_expert_on_disk_is_refused(models: dict[str, Any], bases: dict
 def test_experts_of_which_the_adapter_knows_another_number(
     models: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
+    config = LoraConfig(r=4, lora_alpha=5, target_modules=[], target_parameters=[UP, DOWN])
     adapter = cases.save_adapter(cases.small_model("mixtral", num_local_experts=3), config, tmp_path / "adapter")
     assert json.loads((bases["mixtral"] / "config.json").read_text())["num_local_experts"] == 4
     outcome = cases.attempt(bases["mixtral"], adapter, out=tmp_path / "out")

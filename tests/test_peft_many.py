@@ -32,13 +32,13 @@ def base(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LoraConfig(**R, target_modules="all-linear")
+    config = LoraConfig(**R, target_modules=["q_proj", "v_proj", "down_proj"])
     return cases.save_adapter(llama, config, tmp_path_factory.mktemp("adapter") / "first")
 
 
 @pytest.fixture(scope="module")
 def second(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], use_rslora=True)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], use_rslora=True)
     return cases.save_adapter(llama, config, tmp_path_factory.mktemp("adapter") / "second", seed=5)
 
 

@@ -1,221 +1,272 @@
-"""What rides along in a PEFT adapter: heads, biases, embeddings, token rows; judged by what the reloaded model answers."""
+"""Whole tensors, token rows and tied embeddings in PEFT adapters."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("peft")
-
-from peft import LoraConfig, TrainableTokensConfig  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+from lora_merge_cli.records import Survey
+from tests.peft_trees import (
+    EMBED,
+    HEAD,
+    LLAMA,
+    PREFIX,
+    QUERY,
+    TIED,
+    TIED_CONFIG,
+    UNTIED_CONFIG,
+    Shapes,
+    embedding,
+    linear,
+    survey,
 )
 
-from tests import peft_cases as cases  # noqa: E402
-
-R = {"r": 4, "lora_alpha": 10}
-QV = ["q_proj", "v_proj"]
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return cases.small_model("llama")
+EMBEDDING, LM_HEAD = ("model.embed_tokens.weight",), ("lm_head.weight",)
+ROWS = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
+UNTIES = {"tie_word_embeddings": False}
 
 
-@pytest.fixture(scope="module")
-def base(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cases.save_base(llama, tmp_path_factory.mktemp("base") / "llama")
+def fine(keys: Shapes, base: Shapes = LLAMA, **others) -> Survey:
+    found = survey(keys, base, **others)
+    assert not found.problems, found.problems
+    return found
 
 
-@pytest.fixture(scope="module")
-def tied() -> Any:
-    return cases.small_model("llama", tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="module")
-def tied_base(tied: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = cases.save_base(tied, tmp_path_factory.mktemp("base") / "tied")
-    assert "lm_head.weight" not in cases.tensors(path)
-    return path
-
-
-RIDING: dict[str, Any] = {
-    "a head of its own": LoraConfig(**R, target_modules=QV, modules_to_save=["lm_head"]),
-    "norms by the end of their names": LoraConfig(**R, target_modules=QV, modules_to_save=["norm"]),
-    "an embedding and a layer": LoraConfig(**R, target_modules=QV, modules_to_save=["embed_tokens", "1.mlp.down_proj"]),
-    "every bias": LoraConfig(**R, target_modules=QV, bias="all"),
-    "the biases of the targets": LoraConfig(**R, target_modules=QV, bias="lora_only"),
-    "biases, and one on B": LoraConfig(**R, target_modules=QV, bias="all", lora_bias=True),
-    "DoRA and biases": LoraConfig(**R, target_modules=QV, bias="all", use_dora=True),
-    "an adapted embedding and head": LoraConfig(**R, target_modules=["q_proj", "embed_tokens", "lm_head"]),
-    "token rows": LoraConfig(**R, target_modules=QV, trainable_token_indices=[40, 3, 17]),
-    "token rows by name": LoraConfig(**R, target_modules=QV, trainable_token_indices={"embed_tokens": [5, 2]}),
-    "token rows of both": LoraConfig(
-        **R, target_modules=QV, trainable_token_indices={"embed_tokens": [5, 2], "lm_head": [9, 1, 4]}
-    ),
-    "nothing but token rows": TrainableTokensConfig(token_indices=[50, 3, 17]),
-}
-
-
-@pytest.mark.parametrize("config", RIDING.values(), ids=RIDING)
-def test_what_rides_along_is_applied(config: Any, llama: Any, base: Path, tmp_path: Path) -> None:
-    adapter = cases.save_adapter(llama, config, tmp_path / "adapter")
-    merged = cases.merge(base, adapter, out=tmp_path / "out", flags=("--verify",))
-    adapted = cases.with_adapter(base, adapter)
-    cases.assert_forward(cases.reloaded(tmp_path / "out"), adapted, cases.reloaded(base))
-    cases.assert_same(merged, cases.merged_by_peft(base, adapter), cases.tensors(base))
-    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+def replaced(found: Survey):
+    return [(one.target, str(one.path[0]).removeprefix(PREFIX), one.rows) for one in found.replacements]
 
 
 @pytest.mark.parametrize(
-    ("task", "auto"), [("SEQ_CLS", AutoModelForSequenceClassification), ("TOKEN_CLS", AutoModelForTokenClassification)]
+    ("key", "target", "fields", "reason"),
+    [
+        ("model.norm.weight", "model.norm.weight", {"modules_to_save": ["norm"]}, "modules_to_save"),
+        ("model.norm.modules_to_save.weight", "model.norm.weight", {"modules_to_save": ["norm"]}, "modules_to_save"),
+        ("model.norm.modules_to_save.default.weight", "model.norm.weight", {}, "saved whole"),
+        ("model.layers.0.mlp.up_proj.bias", "model.layers.0.mlp.up_proj.bias", {"bias": "all"}, "bias all"),
+        (
+            "model.layers.0.mlp.up_proj.base_layer.bias",
+            "model.layers.0.mlp.up_proj.bias",
+            {"bias": "lora_only"},
+            "bias lora",
+        ),
+        ("model.embed_tokens.base_layer.weight", "model.embed_tokens.weight", {}, "own copy"),
+        ("lm_head.weight", "lm_head.weight", {}, "saved embedding"),
+    ],
 )
-def test_a_new_head(task: str, auto: Any, base: Path, tmp_path: Path) -> None:
-    model = auto.from_pretrained(base, num_labels=3)
-    config = LoraConfig(**R, target_modules=QV, task_type=task)
-    adapter = cases.save_adapter(model, config, tmp_path / "adapter")
-    outcome = cases.attempt(base, adapter, out=tmp_path / "out")
-    assert outcome.code == 0, outcome.stderr
-    merged = cases.tensors(tmp_path / "out")
-    assert torch.equal(merged["score.weight"], cases.tensors(adapter)["base_model.model.score.weight"])
-    adapted = cases.with_adapter(base, adapter, auto, num_labels=3)
-    with cases.quiet():
-        found = auto.from_pretrained(tmp_path / "out", num_labels=3)
-    cases.assert_near(cases.logits(found), cases.logits(adapted), "logits", 2e-5)
+def test_what_is_brought_whole(key, target, fields, reason):
+    found = fine(QUERY | {f"{PREFIX}{key}": LLAMA[target]}, **fields)
+    (one,) = found.replacements
+    assert one.target == (target,)
+    assert reason in one.reason
+    assert not found.warnings
 
 
-def test_a_new_head_on_a_checkpoint_without_one(llama: Any, tmp_path: Path) -> None:
-    headless = cases.save_base(llama.model, tmp_path / "base")
-    auto = AutoModelForSequenceClassification
-    with cases.quiet():
-        model = auto.from_pretrained(headless, num_labels=3)
-    adapter = cases.save_adapter(model, LoraConfig(**R, target_modules=QV, task_type="SEQ_CLS"), tmp_path / "adapter")
-    assert cases.attempt(headless, adapter, out=tmp_path / "out").code == 0
-    found = cases.reloaded(tmp_path / "out", auto, num_labels=3)
-    cases.assert_forward(found, cases.with_adapter(headless, adapter, auto, num_labels=3))
+def test_a_bias_inside_multihead_attention():
+    keys = linear("attn", 12, 4) | {
+        f"{PREFIX}attn.base_layer.in_proj_bias": (12,),
+        f"{PREFIX}attn.base_layer.out_proj.base_layer.bias": (4,),
+    }
+    base = {"attn.in_proj_weight": (12, 4), "attn.in_proj_bias": (12,), "attn.out_proj.bias": (4,)}
+    assert {one.target for one in fine(keys, base, bias="all").replacements} == {
+        ("attn.in_proj_bias",),
+        ("attn.out_proj.bias",),
+    }
 
 
-def _resized(base: Path, rows: int) -> Any:
-    with cases.quiet():
-        model = AutoModelForCausalLM.from_pretrained(base)
-        torch.manual_seed(5)
-        model.resize_token_embeddings(rows)
-    return model
+def test_the_second_copy_of_a_saved_bias_is_dropped():
+    keys = {
+        f"{PREFIX}model.layers.0.mlp.up_proj.{part}": (8,)
+        for part in ("bias", "modules_to_save.bias", "original_module.bias")
+    }
+    found = fine(QUERY | keys, bias="all", modules_to_save=["up_proj"])
+    assert replaced(found) == [
+        (("model.layers.0.mlp.up_proj.bias",), "model.layers.0.mlp.up_proj.bias", None),
+    ]
+    assert len(found.dropped) == 2
 
 
-@pytest.mark.parametrize("rows", [104, 80])
-@pytest.mark.parametrize("names", [QV, ["embed_tokens", "lm_head", "q_proj"]], ids=["saved whole", "adapted"])
-def test_a_resized_vocabulary(names: list[str], rows: int, base: Path, tmp_path: Path) -> None:
-    config = LoraConfig(**R, target_modules=names)
-    adapter = cases.save_adapter(_resized(base, rows), config, tmp_path / "adapter", save_embedding_layers=True)
-    merged = cases.merge(base, adapter, out=tmp_path / "out")
-    adapted = cases.with_adapter(base, adapter, rows=rows)
-    assert merged["model.embed_tokens.weight"].shape[0] == rows
-    config_after = json.loads((tmp_path / "out" / "config.json").read_text())
-    config_before = json.loads((base / "config.json").read_text())
-    assert config_after == config_before | {"vocab_size": rows}
-    found = cases.reloaded(tmp_path / "out")
-    ids = torch.arange(80).reshape(2, 40)
-    with torch.no_grad():
-        cases.assert_near(found(ids).logits, adapted(input_ids=ids).logits, "logits", 2e-5)
+def test_a_new_head_is_created_with_a_warning():
+    keys = QUERY | {f"{PREFIX}score.weight": (3, 4)}
+    found = fine(keys, task_type="SEQ_CLS")
+    assert replaced(found) == [(("score.weight",), "score.weight", None)]
+    assert "num_labels" in found.warnings[0]
+    found = fine(keys | {f"{PREFIX}head_of_mine.weight": (3, 4)}, modules_to_save=["head_of_mine", "score"])
+    assert len(found.replacements) == 2
 
 
-def test_a_resized_vocabulary_of_a_tied_model(tied_base: Path, tmp_path: Path) -> None:
-    adapter = cases.save_adapter(
-        _resized(tied_base, 104), LoraConfig(**R, target_modules=QV), tmp_path / "adapter", save_embedding_layers=True
-    )
-    merged = cases.merge(tied_base, adapter, out=tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 104
-    found = cases.reloaded(tmp_path / "out")
-    assert found.lm_head.weight.shape[0] == merged["model.embed_tokens.weight"].shape[0] == 104
-    cases.assert_forward(found, cases.with_adapter(tied_base, adapter, rows=104))
+def test_a_bias_that_was_not_saved():
+    assert "lost" in fine(QUERY, bias="lora_only").warnings[0]
 
 
-# Whether one tensor still serves both; None: either is right.
-TIED: dict[str, tuple[Any, bool | None]] = {
-    "neither": (LoraConfig(**R, target_modules=QV), True),
-    "the embedding": (LoraConfig(**R, target_modules=["q_proj", "embed_tokens"]), False),
-    "the embedding, DoRA": (LoraConfig(**R, target_modules=["q_proj", "embed_tokens"], use_dora=True), False),
-    "the head": (LoraConfig(**R, target_modules=["q_proj", "lm_head"]), False),
-    "the head, DoRA": (LoraConfig(**R, target_modules=["q_proj", "lm_head"], use_dora=True), False),
-    "both": (LoraConfig(**R, target_modules=["q_proj", "embed_tokens", "lm_head"]), False),
-    "both, kept tied": (
-        LoraConfig(**R, target_modules=["q_proj", "embed_tokens", "lm_head"], ensure_weight_tying=True),
-        True,
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (UNTIED_CONFIG, {"vocab_size": 15}),
+        (UNTIED_CONFIG | {"text_config": {"vocab_size": 12}}, {"vocab_size": 15, "text_config.vocab_size": 15}),
+        ({"tie_word_embeddings": False, "text_config": {"vocab_size": 12}}, {"text_config.vocab_size": 15}),
+    ],
+)
+def test_a_resized_vocabulary(model, config):
+    keys = QUERY | {f"{PREFIX}model.embed_tokens.weight": (15, 4), f"{PREFIX}lm_head.weight": (15, 4)}
+    assert fine(keys, model=model).config == config
+    adapted = embedding("model.embed_tokens", 15, 4) | linear("lm_head", 15, 4)
+    copies = {f"{PREFIX}{module}.base_layer.weight": (15, 4) for module in ("model.embed_tokens", "lm_head")}
+    found = fine(adapted | copies, model=model)
+    assert (found.config, len(found.sites), len(found.replacements)) == (config, 2, 2)
+
+
+TIED_CASES = {
+    "embedding": (EMBED, {}, [EMBEDDING], [], True, UNTIES),
+    "head": (HEAD, {}, [LM_HEAD], [], True, UNTIES),
+    "both": (EMBED | HEAD, {}, [EMBEDDING, LM_HEAD], [], True, UNTIES),
+    "tied adapters": (EMBED | HEAD, {"ensure_weight_tying": True}, [EMBEDDING], [], False, {}),
+    "tied adapter of the head": (HEAD, {"ensure_weight_tying": True}, [EMBEDDING], [], False, {}),
+    "neither": (QUERY, {}, [("model.layers.0.self_attn.q_proj.weight",)], [], False, {}),
+    "saved head": ({f"{PREFIX}lm_head.weight": (12, 4)}, {}, [], [LM_HEAD], False, UNTIES),
+    "saved embedding": ({f"{PREFIX}model.embed_tokens.weight": (12, 4)}, {}, [], [EMBEDDING], True, UNTIES),
+    "saved both": (
+        {f"{PREFIX}lm_head.weight": (12, 4), f"{PREFIX}model.embed_tokens.weight": (12, 4)},
+        {},
+        [],
+        [LM_HEAD, EMBEDDING],
+        False,
+        UNTIES,
     ),
-    "the embedding, kept tied": (
-        LoraConfig(**R, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
-        True,
+    "tied and saved both": (
+        {f"{PREFIX}lm_head.weight": (12, 4), f"{PREFIX}model.embed_tokens.weight": (12, 4)},
+        {"ensure_weight_tying": True},
+        [],
+        [EMBEDDING],
+        False,
+        {},
     ),
-    "a head of its own": (LoraConfig(**R, target_modules=QV, modules_to_save=["lm_head"]), False),
-    "an embedding of its own": (LoraConfig(**R, target_modules=QV, modules_to_save=["embed_tokens"]), False),
-    "both of their own": (LoraConfig(**R, target_modules=QV, modules_to_save=["lm_head", "embed_tokens"]), False),
-    "saved and kept tied": (
-        LoraConfig(**R, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-        None,
+    "rows": ({ROWS: (2, 4)}, {"trainable_token_indices": [5, 3]}, [], [EMBEDDING], False, {}),
+    "resized base under the embedding": (
+        embedding("model.embed_tokens", 15, 4) | {f"{PREFIX}model.embed_tokens.base_layer.weight": (15, 4)},
+        {},
+        [EMBEDDING],
+        [EMBEDDING, LM_HEAD],
+        False,
+        UNTIES | {"vocab_size": 15},
     ),
-    "token rows": (LoraConfig(**R, target_modules=QV, trainable_token_indices=[40, 3, 17]), True),
-    "nothing but token rows": (TrainableTokensConfig(token_indices=[50, 3, 17]), True),
+    "resized base under the head": (
+        linear("lm_head", 15, 4) | {f"{PREFIX}lm_head.base_layer.weight": (15, 4)},
+        {},
+        [LM_HEAD],
+        [LM_HEAD, EMBEDDING],
+        False,
+        UNTIES | {"vocab_size": 15},
+    ),
+    "resized and saved alone": (
+        {f"{PREFIX}model.embed_tokens.weight": (15, 4)},
+        {},
+        [],
+        [EMBEDDING],
+        False,
+        {"vocab_size": 15},
+    ),
 }
 
 
-@pytest.mark.parametrize(("config", "stays"), TIED.values(), ids=TIED)
-def test_a_tied_model(config: Any, stays: bool | None, tied: Any, tied_base: Path, tmp_path: Path) -> None:
-    adapter = cases.save_adapter(tied, config, tmp_path / "adapter")
-    merged = cases.merge(tied_base, adapter, out=tmp_path / "out", flags=("--verify",))
-    found = cases.reloaded(tmp_path / "out")
-    cases.assert_forward(found, cases.with_adapter(tied_base, adapter), cases.reloaded(tied_base))
-    after = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert after["tie_word_embeddings"] is ("lm_head.weight" not in merged)
-    assert stays is None or after["tie_word_embeddings"] is stays
-    before = json.loads((tied_base / "config.json").read_text())
-    assert after == before | {"tie_word_embeddings": after["tie_word_embeddings"]}
+@pytest.mark.parametrize("case", TIED_CASES.values(), ids=TIED_CASES.keys())
+@pytest.mark.parametrize("model", [TIED_CONFIG, {"vocab_size": 12}, {"text_config": {"tie_word_embeddings": True}}])
+def test_tied_embeddings(case, model):
+    keys, fields, sites, targets, created, config = case
+    found = fine(keys, TIED, model=model, **fields)
+    assert [site.targets[0] for site in found.sites] == sites
+    assert [one.target for one in found.replacements] == targets
+    assert [(one.path, one.source) for one in found.created] == ([(LM_HEAD, EMBEDDING)] if created else [])
+    expected = dict(config)
+    if "text_config" in model and config.get("tie_word_embeddings") is False:
+        expected["text_config.tie_word_embeddings"] = False
+    assert found.config == expected
+    claimed = {factor.path for site in found.sites for factor in site.factors.values()}
+    claimed |= {one.path for one in (*found.replacements, *found.dropped)}
+    assert claimed == {(key,) for key in keys}
 
 
-def test_a_tied_checkpoint_that_holds_both(tied: Any, tied_base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    both = cases.copied(tied_base, tmp_path / "base")
-    stored = cases.tensors(tied_base)
-    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
-    save_file(stored, both / "model.safetensors", metadata={"format": "pt"})
-    for name, (config, _) in TIED.items():
-        if name in ("neither", "the head", "the embedding", "both, kept tied", "token rows", "a head of its own"):
-            adapter = cases.save_adapter(tied, config, tmp_path / name / "adapter")
-            cases.merge(both, adapter, out=tmp_path / name / "out")
-            with cases.quiet():
-                found = AutoModelForCausalLM.from_pretrained(tmp_path / name / "out")
-            cases.assert_forward(found, cases.with_adapter(tied_base, adapter))
-
-
-def test_a_tied_gpt2_without_its_prefix(tmp_path: Path) -> None:
-    model = cases.small_model("gpt2")
-    assert model.config.tie_word_embeddings
-    base = cases.save_base(model.transformer, tmp_path / "base")
-    config = LoraConfig(**R, target_modules=["c_attn", "lm_head"], fan_in_fan_out=True)
-    adapter = cases.save_adapter(model, config, tmp_path / "adapter")
-    cases.merge(base, adapter, out=tmp_path / "out")
-    cases.assert_forward(cases.reloaded(tmp_path / "out"), cases.with_adapter(base, adapter))
+@pytest.mark.parametrize(
+    ("keys", "fields", "sites", "targets", "tied"),
+    [
+        (EMBED, {}, [EMBEDDING], [], False),
+        (EMBED | HEAD, {"ensure_weight_tying": True}, [EMBEDDING, LM_HEAD], [], True),
+        ({ROWS: (1, 4)}, {"trainable_token_indices": [5]}, [], [EMBEDDING, LM_HEAD], True),
+        (QUERY, {}, [("model.layers.0.self_attn.q_proj.weight",)], [], None),
+    ],
+)
+def test_tied_embeddings_that_are_both_stored(keys, fields, sites, targets, tied):
+    found = fine(keys, LLAMA, model=TIED_CONFIG, **fields)
+    assert [site.targets[0] for site in found.sites] == sites
+    assert [one.target for one in found.replacements] == targets
+    assert found.created == ()
+    assert found.equal == (() if tied is None else ((EMBEDDING, LM_HEAD),))
+    assert found.config == (UNTIES if tied is False else {})
+    assert len({str(site.parameters.equation) for site in found.sites}) <= 1
 
 
-def test_untying_is_said_in_the_configuration_of_the_text_too(tmp_path: Path) -> None:
-    model, auto = cases.small_vision_language_model("paligemma")
-    base = cases.save_base(model, tmp_path / "base")
-    before = json.loads((base / "config.json").read_text())
-    assert "lm_head" not in " ".join(cases.tensors(base)), "the head is tied"
-    adapter = cases.save_adapter(model, LoraConfig(**R, target_modules=["lm_head"]), tmp_path / "adapter")
-    cases.merge(base, adapter, out=tmp_path / "out")
-    after = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert after["tie_word_embeddings"] is False
-    assert after["text_config"].get("tie_word_embeddings", False) is False
-    assert {k: v for k, v in after.items() if k not in ("tie_word_embeddings", "text_config")} == {
-        k: v for k, v in before.items() if k not in ("tie_word_embeddings", "text_config")
+@pytest.mark.parametrize(
+    ("on_disk", "head"),
+    [
+        ("model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("transformer.wte", "lm_head"),
+        ("gpt_neox.embed_in", "embed_out"),
+        ("model.decoder.embed_tokens", "lm_head"),
+        ("wte", "lm_head"),
+    ],
+)
+def test_what_an_untied_head_is_called(on_disk, head):
+    found = fine(embedding(on_disk, 12, 4), {f"{on_disk}.weight": (12, 4), "x.weight": (3, 3)}, model={})
+    assert [one.path for one in found.created] == [(f"{head}.weight",)]
+    assert bool(found.warnings) is (on_disk == "wte")
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3Model", "LlamaForSequenceClassification", "BertForTokenClassification"])
+def test_a_model_without_a_head_has_nothing_to_untie(architecture):
+    found = fine(EMBED, TIED, model=TIED_CONFIG | {"architectures": [architecture]})
+    assert (found.created, found.config) == ((), {})
+
+
+def test_untied_embeddings_stay_apart():
+    found = fine(EMBED | HEAD, LLAMA, ensure_weight_tying=True)
+    assert (len(found.sites), found.created, found.config, found.equal) == (2, (), {}, ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields", "rows"),
+    [
+        ({ROWS: (2, 4)}, {"trainable_token_indices": [7, 0]}, {EMBEDDING: (7, 0)}),
+        ({f"{ROWS}.default": (1, 4)}, {"trainable_token_indices": {"embed_tokens": [11]}}, {EMBEDDING: (11,)}),
+        (
+            {ROWS: (1, 4), f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta": (2, 4)},
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [3, 2]}},
+            {EMBEDDING: (1,), LM_HEAD: (3, 2)},
+        ),
+        (
+            {f"{PREFIX}{m}.trainable_tokens_delta": (1, 4) for m in ("model.embed_tokens", "lm_head")},
+            {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4]},
+            {EMBEDDING: (4,), LM_HEAD: (4,)},
+        ),
+    ],
+)
+def test_token_rows(keys, fields, rows):
+    found = fine(keys, **fields)
+    assert {one.target: one.rows for one in found.replacements} == rows
+
+
+def test_token_rows_of_a_resized_embedding_come_after_it():
+    keys = {
+        ROWS: (1, 4),
+        f"{PREFIX}model.embed_tokens.token_adapter.base_layer.weight": (15, 4),
+        f"{PREFIX}lm_head.weight": (15, 4),
     }
-    cases.assert_forward(cases.reloaded(tmp_path / "out", auto), cases.with_adapter(base, adapter, auto))
+    found = fine(keys, trainable_token_indices=[14])
+    assert [one.rows for one in found.replacements] == [None, None, (14,)]
+    assert found.config == {"vocab_size": 15}
+
+
+def test_a_tied_head_with_the_same_rows():
+    keys = {f"{PREFIX}{m}.trainable_tokens_delta": (1, 4) for m in ("model.embed_tokens", "lm_head")}
+    found = fine(keys, TIED, model=TIED_CONFIG, peft_type="TRAINABLE_TOKENS", token_indices=[4])
+    assert [one.target for one in found.replacements] == [EMBEDDING]
+    assert "tied" in found.dropped[0].reason

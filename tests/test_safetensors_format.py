@@ -190,6 +190,13 @@ def test_what_the_format_has_no_name_for(tmp_path: Path, dtype: str):
         write(tmp_path, {("w",): np.zeros(2, kind)})
 
 
+@pytest.mark.parametrize("paths", [[("a", "b"), ("a/b",)], [("a", 0), ("a", "0")], [("__metadata__",)]])
+def test_names_that_cannot_be_told_apart(tmp_path: Path, paths: list):
+    with pytest.raises(UnsupportedCheckpoint, match=r"(under one name: a/|keeps for itself: __metadata__)"):
+        write(tmp_path, {path: np.zeros(2) for path in paths})
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("data", [
     Stored(FLAT, [("0", bytes(11))]),
     Stored(FLAT, [("0", bytes(8)), ("1", bytes(8))]),

@@ -74,6 +74,7 @@ HOSTILE = {
     "two documents": with_header(b"{}{}"),
     "nested deeply": with_header(b'{"a":' * 50_000),
     "NaN": with_header(b'{"a":NaN}'),
+    "NaN beside what counts": entry("b", note=float("nan")),
     "digits without end": with_header(b'{"a":' + b"9" * 9999 + b"}"),
     "an entry that is a number": changed(b=3),
     "an entry that is null": changed(b=None) + b"x",
@@ -266,6 +267,14 @@ def test_shards_that_do_not_hold_what_the_index_says(tmp_path: Path, change: dic
     assert "does not hold what the index says" in message
     assert "-of-00002.safetensors" in message
     assert found in message
+
+
+def test_a_tensor_that_the_index_does_not_know(tmp_path: Path):
+    write(tmp_path, {("a",): np.zeros(4), ("b",): np.ones(4), ("c",): np.ones(8)}, max_shard_bytes=64)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["b"]
+    message = spoilt(tmp_path, index)
+    assert "model-00001-of-00002.safetensors (expected only what is listed, found b, not listed for it)" in message
 
 
 def test_a_shard_that_is_cut_off(tmp_path: Path):

@@ -240,6 +240,11 @@ def test_two_names_never_share_a_key() -> None:
     # Stripping "model." would put both on one key.
     found = matched(["model.x.weight", "model.model.x.weight"], ["x.weight"])
     assert len(set(found.values())) == len(found)
+    # One chain of renamings places both, on the same key; shorter ones place either.
+    with pytest.raises(UnmatchedAdapter, match="more than one way"):
+        matched(
+            ["vision_tower.vision_model.x.weight", "model.vision_tower.x.weight"], ["vision_tower.x.weight"], "llava"
+        )
 
 
 def test_one_renaming_serves_all_names() -> None:

@@ -141,8 +141,6 @@ def _write_leaf(descriptor: int, place: _Place, leaf: LeafData) -> int:
     done = 0
     if isinstance(leaf.data, Stored):
         for _, value in leaf.data.values:
-            if done + len(value) > entry.nbytes:
-                raise _incomplete(place, done + len(value))
             with _storing(place.file):
                 write_all(descriptor, entry.offset + done, memoryview(value))
             done += len(value)

@@ -14,8 +14,7 @@ from lora_merge_cli.errors import UnmatchedAdapter, UnsupportedCheckpoint
 from lora_merge_cli.records import first_names
 
 _QUANTISED = re.compile(
-    r".*\.(?:qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.[^.]+|SCB|weight_packed"
-    r"|\w+_blocks)"
+    r".*\.(?:qweight|qzeros|g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.[^.]+|SCB|weight_packed)"
 )
 _SCALED = re.compile(r"(?P<weight>.*\.?weight)_scale(?:_inv)?")
 _NAMELESS = frozenset(
@@ -35,6 +34,7 @@ _NAMELESS = frozenset(
         "weights",
     ]
 )
+_TUNED = frozenset({"instruct", "chat", "it"})
 _SIZE = re.compile(r"\d+(?:\.\d+)?[bm]")
 _HASH = re.compile(r"[0-9a-f]{16,}")
 
@@ -83,7 +83,8 @@ def _quantisation(base: Tree) -> str | None:
         weight = None if scaled is None else names.get(scaled["weight"])
         if weight is not None and (weight.dtype.itemsize == 1 or not is_float(weight.dtype)):
             return name
-        if _QUANTISED.fullmatch(name):
+        blocks = name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names
+        if blocks or _QUANTISED.fullmatch(name):
             return name
     return None
 
@@ -107,6 +108,8 @@ def _words(name: str | None) -> frozenset[str]:
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
     sizes = [{word for word in words if _SIZE.fullmatch(word)} for words in (one, other)]
     if sizes[0] and sizes[1] and not sizes[0] & sizes[1]:
+        return False
+    if bool(one & _TUNED) != bool(other & _TUNED):
         return False
     letters = ["".join(sorted(words)) for words in (one, other)]
     stems = [{re.sub(r"[\d.]+", "", word) for word in words} - {"", "b", "m", "v", "hf"} for words in (one, other)]

@@ -74,9 +74,15 @@ _METHODS: Mapping[str, str] = {
 }
 """Fields that turn on a method that is not supported, each with its name."""
 
+KNOWN_FIELDS = _HARMLESS | _UNDERSTOOD | _METHODS.keys()
+"""Every field of which it is known what it does to a merge."""
+
 _RESIDUAL = re.compile(r"pissa|olora|corda|lora_ga|loftq")
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
-_PATTERN_LENGTH = 1000
+
+_PATTERN_LENGTH, _PATTERN_WILDCARDS = 1000, 4
+# A repeated group that repeats or chooses inside, (x+)+ or (a|b)*: matching it may take for ever.
+_NESTED_REPEAT = re.compile(r"\([^()]*[*+{|][^()]*\)[*+{]")
 
 
 @dataclass(frozen=True)
@@ -264,7 +270,7 @@ class _Fields:
             return {}
         for key in value:
             if not _compiles(key):
-                self._malformed(name, "regular expressions that compile", found=key[:80])
+                self._malformed(name, "simple regular expressions", found=key[:80])
                 return {}
         return {str(key): float(entry) for key, entry in value.items()}
 
@@ -308,7 +314,7 @@ def _unsupported(raw: Mapping[str, Any], where: str) -> Iterator[Exception]:
         if not _is_neutral(raw.get(name)):
             yield UnsupportedCheckpoint(f"the adapter uses {method}: not supported", where=where, found=name)
     for name, value in raw.items():
-        if name in _HARMLESS or name in _UNDERSTOOD or name in _METHODS or _is_neutral(value):
+        if name in KNOWN_FIELDS or _is_neutral(value):
             continue
         shown = repr(value)
         yield UnsupportedCheckpoint(
@@ -377,7 +383,9 @@ def _is_number(value: object) -> bool:
 
 
 def _compiles(key: str) -> bool:
-    if len(key) > _PATTERN_LENGTH:
+    """Whether a pattern is a regular expression, and none that a file could stall its reader with."""
+    wildcards = len(re.findall(r"\.[*+]", key))
+    if len(key) > _PATTERN_LENGTH or wildcards > _PATTERN_WILDCARDS or _NESTED_REPEAT.search(key):
         return False
     try:
         re.compile(rf"(.*\.)?({key})$")

@@ -124,8 +124,13 @@ def vocabulary(replacements: list[Replacement], adapter: Tree, base: Tree) -> Ma
                 expected=f"{new} rows in {dotted(path)} too",
                 found=shape[0],
             )
+    old = base.index.tensors[next(iter(rows))].shape[0]
     sections = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, Mapping)}}
-    named = [prefix for prefix in ("", "text_config.") if "vocab_size" in sections.get(prefix, {})]
+    named = [
+        prefix
+        for prefix, section in sections.items()
+        if "vocab_size" in section and (prefix in ("", "text_config.") or section["vocab_size"] == old)
+    ]
     return {f"{prefix}vocab_size": new for prefix in named or [""]}
 
 
