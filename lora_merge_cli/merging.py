@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from threadpoolctl import threadpool_limits
+
 from lora_merge_cli import __version__
 from lora_merge_cli.assets import check_assets
 from lora_merge_cli.errors import AlreadyMerged, UsageError, VerificationFailed
@@ -208,7 +210,9 @@ def merge(
 
     device = find_device(request.device)
     names = (output.name, provenance_path(output).name) if place.is_file else None
-    with staged(output, overwrite=request.overwrite, files=names) as stage:
+    # Products of factors on the host are small: threads inside each would only wait for one another.
+    blas = threadpool_limits(1, user_api="blas")
+    with blas, staged(output, overwrite=request.overwrite, files=names) as stage:
         destination = place.destination(stage, output, checkpoint, plan, request.max_shard_bytes)
         sink = place.format.sink(destination, checkpoint)
         execution = Execution(plan, inputs, device, sink.encodings, listener)

@@ -24,7 +24,7 @@ class RealisedSums:
     error_sq: Any
     unchanged: Any
     projected: Any
-    """``U^T q``, rank by outputs."""
+    """``U^T q``, rank by outputs; outputs by rank if the kernel is outputs first."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,13 @@ class FusedTile:
     """A fused tile and the sums over its last axis. JAX arrays, or NumPy ones once on the host."""
 
     values: Any
-    kernel_finite: Any
-    finite: Any
     delta_sq: Any
     """In squared units of `fuse_tile`."""
     kernel_sq: Any
     max_abs: Any
     realised: dict[str, RealisedSums]
     projected_delta: Any = None
-    """``U^T d``, rank by outputs, where the delta is more than its factors."""
+    """``U^T d``, as `RealisedSums.projected`, where the delta is more than its factors."""
 
     def to_host(self) -> FusedTile:
         """The same as NumPy arrays, once the device is done."""
@@ -50,7 +48,7 @@ class FusedTile:
 jax.tree_util.register_dataclass(RealisedSums, ["q_dot_d", "error_sq", "unchanged", "projected"], [])
 jax.tree_util.register_dataclass(
     FusedTile,
-    ["values", "kernel_finite", "finite", "delta_sq", "kernel_sq", "max_abs", "realised", "projected_delta"],
+    ["values", "delta_sq", "kernel_sq", "max_abs", "realised", "projected_delta"],
     [],
 )
 
@@ -58,10 +56,7 @@ jax.tree_util.register_dataclass(
 def fuse_tile(
     kernel: Array,
     base: Array | None,
-    a: Array,
-    b: Array,
-    basis: Array,
-    gain: Array | None,
+    operands: Operands,
     unit: np.float32,
     *,
     outputs_first: bool,
@@ -74,43 +69,69 @@ def fuse_tile(
     Args:
         kernel: The tile of the kernel that the checkpoint holds, inputs by outputs, any floating dtype.
         base: The tile to add the delta to instead of `kernel`.
-        a: lora_a's part, inputs by rank, float32.
-        b: lora_b's part, rank by outputs, float32, scaled, already summed where the model sums it alone.
-        basis: The tile's rows of an orthonormal basis of lora_a's columns, inputs by rank, float32.
-        gain: What `kernel` or `base` is multiplied by besides 1, per output, float32; None for 0.
+        operands: The adapters' parts.
         unit: About the size of the delta. Squares are summed in squared units, so that float32 neither overflows nor loses them.
-        outputs_first: Whether `kernel` and `base` are outputs by inputs instead.
+        outputs_first: Whether `kernel` and `base` are outputs by inputs instead, and `operands` are arranged for that.
         dtype: The name of the dtype to round to.
         serving_dtype: The name of the dtype that a server will cast to; survival is measured for both.
         device: The JAX device to compute on.
     """
-    operands = jax.device_put((kernel, base, a, b, basis, gain, unit), device)
-    return _fuse(outputs_first, dtype, serving_dtype, *operands)  # type: ignore[no-any-return]
+    tile, added_to, size = jax.device_put((kernel, base, unit), device)
+    return _fuse(outputs_first, dtype, serving_dtype, tile, added_to, operands, size)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The adapters' parts in one tile, on the device. Products then are plain ones, whatever the kernel's orientation."""
+
+    left: Any
+    """Inputs by rank, times `right`; outputs by rank if the kernel is outputs first. float32."""
+    right: Any
+    """Rank by outputs; rank by inputs if the kernel is outputs first. float32."""
+    basis: Any
+    """The tile's rows of an orthonormal basis of lora_a's columns: inputs by rank. float32."""
+    gain: Any = None
+    """What `kernel` or `base` is multiplied by besides 1, per output; None for 0. float32."""
+
+    @staticmethod
+    def on_device(a: Array, b: Array, basis: Array, gain: Array | None, *, outputs_first: bool, device: Any) -> Operands:
+        """The operands of a tile.
+
+        Args:
+            a: lora_a's part, inputs by rank.
+            b: lora_b's part, rank by outputs, scaled, already summed where the model sums it alone.
+            basis: See `Operands.basis`.
+            gain: See `Operands.gain`.
+            outputs_first: Whether the kernel is outputs by inputs.
+            device: The JAX device to compute on.
+        """
+        left, right = (b.T, a.T) if outputs_first else (a, b)
+        arrays = (np.ascontiguousarray(left), np.ascontiguousarray(right), np.ascontiguousarray(basis), gain)
+        return Operands(*jax.device_put(arrays, device))
+
+
+jax.tree_util.register_dataclass(Operands, ["left", "right", "basis", "gain"], [])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _fuse(
-    outputs_first: bool,
-    dtype: str,
-    serving_dtype: str,
-    kernel: Any,
-    base: Any,
-    a: Any,
-    b: Any,
-    basis: Any,
-    gain: Any,
-    unit: Any,
+    outputs_first: bool, dtype: str, serving_dtype: str, kernel: Any, base: Any, operands: Operands, unit: Any
 ) -> FusedTile:
-    layout = "oi" if outputs_first else "io"
     kernel = kernel.astype(jnp.float32)
-    delta = jnp.einsum(f"ir,ro->{layout}", a, b, precision=_HIGHEST)
+    delta = jnp.dot(operands.left, operands.right, precision=_HIGHEST)
     changed = kernel if base is None else base.astype(jnp.float32)
-    if gain is None:
+    if operands.gain is None:
         result = changed + delta
     else:
-        per_output = gain[:, None] if outputs_first else gain[None, :]
-        result = (1 + per_output) * changed + delta
-        delta = per_output * changed + delta
+        gain = operands.gain[:, None] if outputs_first else operands.gain[None, :]
+        result = (1 + gain) * changed + delta
+        delta = gain * changed + delta
+
+    def projected(values: Any) -> Any:
+        if outputs_first:
+            return jnp.dot(values, operands.basis, precision=_HIGHEST)
+        return jnp.dot(operands.basis.T, values, precision=_HIGHEST)
+
     values = _rounded(result, dtype).astype(dtype_named(dtype))
     per_unit = 1 / unit
     unit_delta = delta * per_unit
@@ -124,17 +145,15 @@ def _fuse(
             q_dot_d=jnp.sum(unit_q * unit_delta, axis=-1),
             error_sq=jnp.sum(error * error, axis=-1),
             unchanged=jnp.sum(q == 0, axis=-1, dtype=jnp.int32),
-            projected=jnp.einsum(f"ir,{layout}->ro", basis, q, precision=_HIGHEST),
+            projected=projected(q),
         )
     return FusedTile(
         values=values,
-        kernel_finite=jnp.all(jnp.isfinite(kernel)),
-        finite=jnp.all(jnp.isfinite(values)),
         delta_sq=jnp.sum(unit_delta * unit_delta, axis=-1),
         kernel_sq=jnp.sum(kernel * kernel, axis=-1),
         max_abs=jnp.max(jnp.abs(delta)),
         realised=realised,
-        projected_delta=None if gain is None else jnp.einsum(f"ir,{layout}->ro", basis, delta, precision=_HIGHEST),
+        projected_delta=None if operands.gain is None else projected(delta),
     )
 
 

@@ -112,7 +112,8 @@ def test_a_bias_of_lora_b_is_a_site_of_its_own():
         (False, {"model_type": "llama"}, {}, "ri,or->oi"),
         (True, GPT2, {}, "ri,or->io"),
         (False, {}, {}, "ri,or->oi"),
-        (True, {}, {}, "ri,or->io"),
+        (True, {}, linear("h.c_fc", 8, 4), "ri,or->io"),
+        (False, {"model_type": "homemade"}, {}, "ri,or->oi"),
         # The flag is that of the layer visited last: in a model with both kinds the model's type decides.
         (False, GPT2, linear("fc", 5, 4), "ri,or->io"),
         # Layers that are not square show what a model of unknown type is made of.

@@ -100,9 +100,7 @@ def test_an_adapter_in_half_precision(dtype: Any, llama: Any, base: Path, plain:
     cases.assert_same(merged, cases.merged_by_peft(base, adapter), cases.tensors(base))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dora"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
-)
+@pytest.mark.parametrize(("dtype", "dora"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)])
 def test_a_base_in_half_precision_is_rounded_once(dtype: Any, dora: bool, tmp_path: Path) -> None:
     model = cases.small_model("llama")
     config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "down_proj"], use_dora=dora)

@@ -217,6 +217,8 @@ def test_flags_beside_a_configuration():
     [
         (True, {"model_type": "llama"}, {}, "model_type llama"),
         (False, {"model_type": "gpt2"}, {}, "model_type gpt2"),
+        (True, {"model_type": "homemade"}, {}, "model_type homemade"),
+        (True, {}, {}, "fan_in_fan_out true"),
         (True, {}, linear("h.fc", 8, 4), "the other layers (out, in)"),
         (True, {}, linear("h.fc", 8, 4) | linear("h.c_fc", 8, 4), "both kinds"),
     ],

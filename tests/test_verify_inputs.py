@@ -158,8 +158,8 @@ def test_a_merge_that_fails_its_verification_never_appears(
 
     right = KernelUpdate.take
 
-    def off_by_one_percent(self: Any, region: Any, tile: Any) -> Any:
-        return right(self, region, tile) * np.float32(1.01)
+    def off_by_one_percent(self: Any, region: Any, kernel: Any, tile: Any) -> Any:
+        return right(self, region, kernel, tile) * np.float32(1.01)
 
     monkeypatch.setattr(KernelUpdate, "take", off_by_one_percent)
     output, report = tmp_path / "out", tmp_path / "report.json"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lora_merge_cli.errors import CorruptCheckpoint
 from lora_merge_cli.records import Array, Region, region_shape
 
 _PIECE_BYTES = 16 * 2**20
+_WRITES_IN_FLIGHT = 3
 
 
 class FlatFile:
@@ -89,6 +92,35 @@ class FlatFile:
             piece = buffer[: min(_PIECE_BYTES, size - start)]
             self.read_into(offset + start, piece)
             yield str(start), piece
+
+
+class WriteBehind:
+    """Writes on a thread of its own, a few at a time, so that storing one block and computing the next overlap."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "write")
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.drain()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Start a write, once there is room for it; raises what an earlier one raised."""
+        while len(self._pending) >= _WRITES_IN_FLIGHT:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(write, *arguments))
+
+    def drain(self) -> None:
+        """Wait for all writes; raises what one of them raised."""
+        while self._pending:
+            self._pending.popleft().result()
 
 
 def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:

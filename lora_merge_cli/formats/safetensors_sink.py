@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_merge_cli.errors import CorruptCheckpoint, storage_refusal
-from lora_merge_cli.formats.flat import write_all, write_region
+from lora_merge_cli.formats.flat import WriteBehind, write_all, write_region
 from lora_merge_cli.formats.interface import FLAT, Checkpoint, Destination, LeafData, Stored
 from lora_merge_cli.formats.safetensors_header import Entry, build_header
 from lora_merge_cli.formats.safetensors_paths import PREFIX, encode_tables, is_flat, name_of, refuse_collisions
-from lora_merge_cli.records import Constant, KeyPath, TensorSpec
+from lora_merge_cli.records import Array, Constant, KeyPath, Region, TensorSpec
 
 MODEL_STEM = "model"
 """What files are called that hold a state dict, for any library to load."""
@@ -56,17 +56,19 @@ class SafetensorsSink:
         shards = self._shards(specs)
         places, total = self._begin(shards, tuple(constants))
         given: set[KeyPath] = set()
-        with contextlib.ExitStack() as held:
+        # Closed last: whatever is still being written needs its file.
+        with contextlib.ExitStack() as held, WriteBehind() as behind:
             current: Path | None = None
             descriptor = -1
             for leaf in leaves:
                 place = places[leaf.spec.path]
                 if place.file != current:
+                    behind.drain()
                     held.close()
                     descriptor = _open(place.file, os.O_WRONLY)
                     held.callback(os.close, descriptor)
                     current = place.file
-                total += _write_leaf(descriptor, place, leaf)
+                total += _write_leaf(descriptor, place, leaf, behind)
                 given.add(leaf.spec.path)
         for path in places.keys() - given:
             raise _incomplete(places[path], 0)
@@ -135,8 +137,8 @@ def _stem(specs: Sequence[TensorSpec]) -> str:
     return MODEL_STEM if is_flat(specs) else TREE_STEM
 
 
-def _write_leaf(descriptor: int, place: _Place, leaf: LeafData) -> int:
-    """Write a leaf to its place, and return its size."""
+def _write_leaf(descriptor: int, place: _Place, leaf: LeafData, behind: WriteBehind) -> int:
+    """Write a leaf to its place, blocks while the next one is computed, and return its size."""
     entry = place.entry
     done = 0
     if isinstance(leaf.data, Stored):
@@ -148,12 +150,16 @@ def _write_leaf(descriptor: int, place: _Place, leaf: LeafData) -> int:
         for region, values in leaf.data:
             if values.dtype != entry.dtype:
                 raise _incomplete(place, f"values in {values.dtype}")
-            with _storing(place.file):
-                write_region(descriptor, entry.offset, entry.shape, region, values)
+            behind.submit(_write_block, descriptor, place, region, values)
             done += values.nbytes
     if done != entry.nbytes:
         raise _incomplete(place, done)
     return done
+
+
+def _write_block(descriptor: int, place: _Place, region: Region, values: Array) -> None:
+    with _storing(place.file):
+        write_region(descriptor, place.entry.offset, place.entry.shape, region, values)
 
 
 def _open(file: Path, flags: int) -> int:

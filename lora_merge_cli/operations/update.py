@@ -18,7 +18,7 @@ from lora_merge_cli.records import Array, Region, region_shape
 from lora_merge_cli.survival import Moments, Realised
 
 if TYPE_CHECKING:
-    from lora_merge_cli.numerics import FusedTile
+    from lora_merge_cli.numerics import FusedTile, Operands
 
 _TILE_ENTRIES = 2**19
 _TILE_COLUMNS = 2048
@@ -86,6 +86,7 @@ class KernelUpdate:
         self._stacked = equation.stacked
         self._layers = tuple(Moments() for _ in range(shape[0] if self._stacked else 1))
         self._projections: dict[tuple[int, ...], _Projection] = {}
+        self._middles: dict[tuple[int, ...], Array] = {}
         self._input_entries = math.prod(self._a.shape[len(batch) : len(batch) + len(inputs)])
 
     def step(self, region: Region, kernel: Array, base: Array | None) -> PendingTile:
@@ -99,25 +100,20 @@ class KernelUpdate:
         from lora_merge_cli.numerics import fuse_tile
 
         batch, inputs, outputs = split(self._equation, region)
-        a = self._a[(*batch, *inputs)]
-        a = a.reshape(-1, a.shape[-1])
-        b = self._b_matrix(batch, outputs)
-        basis = self._basis[(*batch, *inputs)].reshape(a.shape)
-        matrix = (b.shape[1], a.shape[0]) if self._outputs_first else (a.shape[0], b.shape[1])
+        operands = self._operands(batch, inputs, outputs)
+        rows, columns = (_entries(inputs), _entries(outputs))
+        matrix = (columns, rows) if self._outputs_first else (rows, columns)
         tile = fuse_tile(
             kernel.reshape(matrix),
             None if base is None else base.reshape(matrix),
-            a,
-            b,
-            basis,
-            None if self._gain is None else self._gain[(*batch, *outputs)].reshape(-1),
+            operands,
             self._unit,
             outputs_first=self._outputs_first,
             dtype=self._dtype.name,
             serving_dtype=self._serving_dtype.name,
             device=self._device,
         )
-        return PendingTile(self, region, tile)
+        return PendingTile(self, region, kernel, tile)
 
     def finish(self) -> tuple[Moments, ...]:
         """The sums per layer; one entry for a leaf that stacks no layers.
@@ -129,21 +125,23 @@ class KernelUpdate:
             raise RuntimeError(f"{self._where}: not every tile was computed")
         return self._layers
 
-    def take(self, region: Region, tile: FusedTile) -> Array:
+    def take(self, region: Region, kernel: Array, tile: FusedTile) -> Array:
         """Check a finished tile, add its sums, and return its values.
 
         Raises:
             NonFiniteInput: The kernel has a NaN or Inf there.
             Unrepresentable: A finite result is not finite in the stored dtype.
         """
-        if not bool(tile.kernel_finite):
+        # Sums that are finite have finite terms; the others need a look at the values themselves.
+        if not np.isfinite(tile.kernel_sq).all() and not np.isfinite(kernel).all():
             raise NonFiniteInput(
                 "a kernel under an adapter is not finite",
                 where=self._where,
                 expected="finite values",
                 found=f"NaN or Inf in {_spell(region)}",
             )
-        if not bool(tile.finite):
+        stored = tile.realised[self._dtype.name]
+        if not np.isfinite(stored.error_sq).all() and not np.isfinite(tile.values).all():
             raise Unrepresentable(
                 f"the merged kernel overflows {self._dtype.name}",
                 where=self._where,
@@ -171,6 +169,20 @@ class KernelUpdate:
         self._project(region, tile, layer)
         return np.asarray(tile.values).reshape(region_shape(region))
 
+    def _operands(self, batch: Any, inputs: Any, outputs: Any) -> Operands:
+        from lora_merge_cli.numerics import Operands
+
+        a = self._a[(*batch, *inputs)]
+        a = a.reshape(-1, a.shape[-1])
+        return Operands.on_device(
+            a,
+            self._b_matrix(batch, outputs),
+            self._basis[(*batch, *inputs)].reshape(a.shape),
+            None if self._gain is None else self._gain[(*batch, *outputs)].reshape(-1),
+            outputs_first=self._outputs_first,
+            device=self._device,
+        )
+
     def _project(self, region: Region, tile: FusedTile, layer: Moments) -> None:
         """Add ``U^T q`` of a tile; once all inputs of its outputs are in, compare it with ``U^T d``."""
         batch, inputs, outputs = split(self._equation, region)
@@ -179,10 +191,10 @@ class KernelUpdate:
         projection.covered += math.prod(region_shape(inputs))
         for name, sums in tile.realised.items():
             seen = projection.realised.get(name)
-            values = sums.projected.astype(np.float64)
+            values = self._rank_first(sums.projected)
             projection.realised[name] = values if seen is None else seen + values
         if tile.projected_delta is not None:
-            projection.ideal = projection.ideal + tile.projected_delta.astype(np.float64)
+            projection.ideal = projection.ideal + self._rank_first(tile.projected_delta)
         if projection.covered < self._input_entries:
             return
         del self._projections[key]
@@ -196,12 +208,16 @@ class KernelUpdate:
                 )
             )
 
+    def _rank_first(self, projected: Array) -> Array:
+        return (projected.T if self._outputs_first else projected).astype(np.float64)
+
     def _ideal_projection(self, batch: Any, outputs: Any) -> Array:
         """``U^T d = (U^T A) B`` without forming ``d``, in float64."""
-        a = self._a[batch].reshape(self._input_entries, -1).astype(np.float64)
-        basis = self._basis[batch].reshape(self._input_entries, -1).astype(np.float64)
-        b = self._b_matrix(batch, outputs).astype(np.float64)
-        return np.asarray((basis.T @ a) @ b)
+        if batch not in self._middles:
+            a = self._a[batch].reshape(self._input_entries, -1).astype(np.float64)
+            basis = self._basis[batch].reshape(self._input_entries, -1).astype(np.float64)
+            self._middles[batch] = basis.T @ a
+        return np.asarray(self._middles[batch] @ self._b_matrix(batch, outputs).astype(np.float64))
 
     def _b_matrix(self, batch: Any, outputs: Any) -> Array:
         b = self._b[(*batch, slice(None), *outputs)]
@@ -214,11 +230,12 @@ class PendingTile:
 
     update: KernelUpdate
     region: Region
+    kernel: Array
     tile: FusedTile
 
     def result(self) -> Array:
         """Wait for the tile; see `KernelUpdate.take`."""
-        return self.update.take(self.region, self.tile.to_host())
+        return self.update.take(self.region, self.kernel, self.tile.to_host())
 
 
 class _Projection:
@@ -297,6 +314,10 @@ def _delta_unit(a: Array, b: Array, gain: Array | None) -> np.float32:
         largest = max(largest, float(np.abs(gain).max(initial=0)))
     exponent = math.frexp(largest)[1] if largest else 0
     return np.float32(2.0 ** min(max(exponent, -120), 120))
+
+
+def _entries(parts: Sequence[slice]) -> int:
+    return math.prod(part.stop - part.start for part in parts)
 
 
 def _spell(region: Region) -> str:

@@ -84,10 +84,11 @@ class Orientations:
         if len(self._seen) > 1:
             return self._unclear(where, "layers of both kinds and a model_type that does not tell them apart")
         votes = {vote for vote in (self._flag, by_type, *self._seen) if vote is not None}
-        if len(votes) == 1:
-            return votes.pop()
         if not votes:
             return self._unclear(where, "neither fan_in_fan_out nor a model_type")
+        # PEFT sets the flag for the last layer that it comes to: by itself it says nothing about the others.
+        if len(votes) == 1 and (True not in votes or by_type is not None or self._seen):
+            return votes.pop()
         said = [
             f"fan_in_fan_out {str(self._flag).lower()}" if self._flag is not None else "",
             f"model_type {self._type}" if by_type is not None else "",
