@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help dev demo test check format samples bench-full test-compat clean
+.PHONY: help dev demo test check format samples bench-full bench-llama test-compat clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test-compat: $(READY)  ## Prove that OpenPI's pinned Orbax restores what is writ
 
 bench-full: $(READY)  ## Merge a full-size checkpoint and print its figures
 	$(BIN)/python benchmarks/full_size.py
+
+bench-llama: $(READY)  ## Merge a PEFT adapter into a Llama-shaped model beside cp and PEFT, and print the figures
+	$(BIN)/python benchmarks/llama.py
 
 clean:  ## Remove environments, caches and outputs
 	rm -rf $(VENV) .venv-* demo_output benchmarks/data .mypy_cache .ruff_cache .pytest_cache

@@ -207,3 +207,41 @@ def test_merging_in_two_steps_is_merging_at_once(base: Path, first: Path, second
     once = cases.merge(base, first, second, out=tmp_path / "once")
     for name, value in once.items():
         cases.assert_near(steps[name], value, name)
+
+
+def test_a_weight_of_a_head_that_was_tied(tmp_path: Path) -> None:
+    # The checkpoint holds no tensor for the head, but the model has one: the embedding is what the rest is taken from.
+    tied = cases.small_model("llama", tie_word_embeddings=True)
+    base = cases.save_base(tied, tmp_path / "base")
+    config = LoraConfig(**R, target_modules=QV, modules_to_save=["lm_head"])
+    adapter = cases.save_adapter(tied, config, tmp_path / "adapter")
+    merged = cases.merge(base, f"{adapter}@0.5", out=tmp_path / "out")
+    before = cases.tensors(base)["model.embed_tokens.weight"].double()
+    head = cases.tensors(adapter)["base_model.model.lm_head.weight"].double()
+    cases.assert_near(merged["lm_head.weight"], before + 0.5 * (head - before))
+    assert torch.equal(merged["model.embed_tokens.weight"].double(), before)
+
+
+TYING = {
+    "rows of both": LoraConfig(**R, target_modules=QV, trainable_token_indices=[4, 9]),
+    "both": LoraConfig(**R, target_modules=["embed_tokens"], ensure_weight_tying=True),
+}
+PARTING = {
+    "the embedding": LoraConfig(**R, target_modules=["embed_tokens"]),
+    "the head": LoraConfig(**R, target_modules=["lm_head"]),
+    "a head of its own": LoraConfig(**R, target_modules=QV, modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("parting", PARTING.values(), ids=PARTING)
+@pytest.mark.parametrize("tying", TYING.values(), ids=TYING)
+def test_what_one_adapter_keeps_tied_another_one_may_not_part(tying: Any, parting: Any, tmp_path: Path) -> None:
+    # The first one changes the head through the embedding; once the two are apart, that change must not get lost.
+    model = cases.small_model("llama", tie_word_embeddings=True)
+    base = cases.save_base(model, tmp_path / "base")
+    one = cases.save_adapter(model, tying, tmp_path / "one")
+    two = cases.save_adapter(model, parting, tmp_path / "two", seed=4)
+    outcome = cases.attempt(base, one, two, out=tmp_path / "out")
+    assert outcome.code == 4
+    assert "embed_tokens" in outcome.error or "lm_head" in outcome.error
+    assert not (tmp_path / "out").exists()
