@@ -9,7 +9,17 @@ import numpy as np
 
 _EXTENDED = {
     name: np.dtype(getattr(ml_dtypes, name))
-    for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz")
+    for name in (
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e4m3b11fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+    # The oldest ml_dtypes lack the last one.
+    if hasattr(ml_dtypes, name)
 }
 
 BFLOAT16 = _EXTENDED["bfloat16"]

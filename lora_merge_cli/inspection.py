@@ -38,6 +38,7 @@ from lora_merge_cli.records import (
     AdapterSummary,
     Index,
     KeyPath,
+    ModelSummary,
     Survey,
     TensorSpec,
     display,
@@ -180,8 +181,8 @@ def inspect(request: InspectRequest) -> Inspection:
     )
     checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
-    survey = survey_inputs(inputs, request.scales, residual_base=True)
-    summary = dialect.summary(index)
+    survey = survey_inputs(inputs, request.scales)
+    summary = dialect.summary(tree_of(checkpoint))
     groups = dialect.grouping(index, survey.sites)
     unscaled = [site for site in survey.sites if site.parameters.scale.value is None]
     problems = [str(problem) for problem in survey.problems]
@@ -213,8 +214,9 @@ def inspect(request: InspectRequest) -> Inspection:
         groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         problems=tuple(problems),
         notes=tuple(notes),
-        assets=check_assets(checkpoint.assets, quantiles=summary.needs_quantiles),
+        assets=_assets(checkpoint, summary),
         advice=_advice(
+            dialect,
             request,
             checkpoint,
             bool(survey.sites or survey.replacements),
@@ -312,7 +314,14 @@ def _bytes_by_dtype(index: Index) -> tuple[tuple[str, int], ...]:
     return tuple(by_dtype.most_common())
 
 
+def _assets(checkpoint: Checkpoint, summary: ModelSummary) -> AssetCheck:
+    if summary.item is None and checkpoint.assets is None:
+        return AssetCheck((), (), ())
+    return check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
+
+
 def _advice(
+    dialect: Dialect,
     request: InspectRequest,
     checkpoint: Checkpoint,
     has_sites: bool,
@@ -333,8 +342,8 @@ def _advice(
     if request.step is not None:
         command += f" --step {request.step}"
     if unscaled:
-        groups = dict.fromkeys(site.group for site in unscaled)
-        command += f" --lora-alpha {','.join(f'{group}=ALPHA' for group in groups)}"
+        groups = dict.fromkeys(site.group for site in unscaled if site.group in dialect.groups)
+        command += f" --lora-alpha {','.join(f'{group}=ALPHA' for group in groups) or 'ALPHA'}"
     elif request.scales.alpha:
         stated = request.scales.alpha.items()
         command += f" --lora-alpha {','.join(f'{g}={a:g}' if g else f'{a:g}' for g, a in stated)}"

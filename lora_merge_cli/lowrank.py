@@ -93,7 +93,7 @@ LeafDigest: TypeAlias = str
 def leaf_digest(spec: TensorSpec, values: Array) -> LeafDigest:
     """A digest of a factor's name, shape, dtype and values."""
     digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
-    digest.update(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from lora_merge_cli import __version__
 from lora_merge_cli.assets import check_assets
 from lora_merge_cli.errors import AlreadyMerged, UsageError, VerificationFailed
-from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, Checkpoint
+from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, PROVENANCE, Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.placing import (
@@ -50,8 +50,6 @@ from lora_merge_cli.verification import Judging, judge, open_result
 if TYPE_CHECKING:
     from lora_merge_cli.execute import Execution
     from lora_merge_cli.listening import Listener
-
-PROVENANCE = "lora_merge.json"
 
 _GAIN_WORTH_A_WARNING = 0.98
 
@@ -329,7 +327,7 @@ def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:
 
 
 def _asset_warnings(checkpoint: Checkpoint, plan: MergePlan) -> tuple[str, ...]:
-    if plan.model.name == "unknown" and checkpoint.assets is None:
+    if plan.model.item is None and checkpoint.assets is None:
         return ()
     return check_assets(checkpoint.assets, quantiles=plan.model.needs_quantiles).problems
 

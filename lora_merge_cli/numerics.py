@@ -94,7 +94,9 @@ class Operands:
     """What `kernel` or `base` is multiplied by besides 1, per output; None for 0. float32."""
 
     @staticmethod
-    def on_device(a: Array, b: Array, basis: Array, gain: Array | None, *, outputs_first: bool, device: Any) -> Operands:
+    def on_device(
+        a: Array, b: Array, basis: Array, gain: Array | None, *, outputs_first: bool, device: Any
+    ) -> Operands:
         """The operands of a tile.
 
         Args:

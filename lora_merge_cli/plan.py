@@ -17,7 +17,7 @@ from lora_merge_cli.errors import (
     UnsupportedCheckpoint,
     WrongBase,
 )
-from lora_merge_cli.inputs import Inputs, survey_inputs
+from lora_merge_cli.inputs import Inputs, survey_inputs, tree_of
 from lora_merge_cli.operations import tile_of
 from lora_merge_cli.options import MergeOptions, check_options
 from lora_merge_cli.records import (
@@ -149,7 +149,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
     )
     return MergePlan(
         dialect=dialect.name,
-        model=dialect.summary(index),
+        model=dialect.summary(tree_of(checkpoint)),
         steps=steps,
         constants=index.constants,
         shared={later: first for later, first in index.shared.items() if not {later, first} & changes.keys()},

@@ -112,8 +112,9 @@ def staged(target: Path, *, overwrite: bool, files: Sequence[str] | None = None)
                     _publish(inner, target, stage, overwrite=overwrite)
                 else:
                     # The main file comes last: once it is there, so is what stands beside it.
-                    for name in reversed(files):
-                        _publish(inner / name, target.with_name(name), stage, overwrite=overwrite)
+                    _publish_files(
+                        [(inner / name, target.with_name(name)) for name in reversed(files)], stage, overwrite
+                    )
             complete = True
     finally:
         _clear(stage, target)
@@ -133,6 +134,19 @@ def _publish(inner: Path, target: Path, stage: Path, *, overwrite: bool) -> None
             raise OutputExists("something appeared at the output meanwhile", where=target)
         target.rename(_kept(stage, target))
     inner.rename(target)
+
+
+def _publish_files(pairs: Sequence[tuple[Path, Path]], stage: Path, overwrite: bool) -> None:
+    """All of them, or none."""
+    done: list[Path] = []
+    try:
+        for inner, target in pairs:
+            _publish(inner, target, stage, overwrite=overwrite)
+            done.append(target)
+    except BaseException:
+        for target in done:
+            target.unlink(missing_ok=True)
+        raise
 
 
 def _kept(stage: Path, target: Path) -> Path:

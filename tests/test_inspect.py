@@ -47,7 +47,7 @@ def test_real_layouts(layout: str, model: str, sites: int, stated: set[str]) -> 
     index = layout_index(layout)
     dialect = OpenPI()
     survey = dialect.survey(Subject(Tree(index, "x")), ScaleOptions())
-    assert dialect.summary(index).name == model
+    assert dialect.summary(Tree(index, "x")).name == model
     assert len(survey.sites) == sites and not survey.problems and not survey.dropped
     assert all(site.parameters.scale.value == 1.0 for site in survey.sites)
     attention = [s.parameters.scale for s in survey.sites if s.module not in ("gating_einsum", "linear")]

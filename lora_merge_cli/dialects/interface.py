@@ -93,7 +93,7 @@ class Dialect(Protocol):
         """The refusal for sites whose scale nothing states: it names the flag that does."""
         ...
 
-    def summary(self, index: Index) -> ModelSummary:
+    def summary(self, tree: Tree) -> ModelSummary:
         """Which model the checkpoint is of."""
         ...
 

@@ -102,7 +102,7 @@ class Nnx:
         """See `Dialect.unknown_scale`: every scale is 1, so that no site should get here."""
         return UnknownScale("a site without a scale", where=f"{where} :: {sites[0].name}", expected=SCALE.source)
 
-    def summary(self, index: Index) -> ModelSummary:  # noqa: ARG002  (a tree does not name its model)
+    def summary(self, tree: Tree) -> ModelSummary:  # noqa: ARG002  (a tree does not name its model)
         """See `Dialect.summary`."""
         return ModelSummary("unknown", ("load the merged checkpoint into the model without its LoRA layers",))
 

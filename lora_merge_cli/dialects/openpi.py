@@ -129,7 +129,10 @@ class OpenPI:
 
     def matches(self, tree: Tree) -> bool:
         """See `Dialect.matches`."""
-        return any("PaliGemma" in path or _factor(path) is not None for path in tree.index.tensors)
+        paths = tree.index.tensors
+        # A layer of flax's own that happens to be called q_einsum has its kernel below base_module.
+        wrapped = any("base_module" in path for path in paths)
+        return any("PaliGemma" in path or (not wrapped and _factor(path) is not None) for path in paths)
 
     def survey(self, subject: Subject, options: ScaleOptions) -> Survey:
         """See `Dialect.survey`."""
@@ -179,8 +182,9 @@ class OpenPI:
             hint=f"pass --lora-alpha {example}, and --rslora if it was trained so",
         )
 
-    def summary(self, index: Index) -> ModelSummary:
+    def summary(self, tree: Tree) -> ModelSummary:
         """See `Dialect.summary`."""
+        index = tree.index
         roots = {part for path in index.tensors for part in self.canonical(path)[:1]}
         has_expert = any(_group(path) == ACTION_EXPERT for path in index.tensors)
         if "PaliGemma" not in roots:

@@ -73,9 +73,10 @@ class TorchModel:
             hint="pass --lora-alpha ALPHA, and --rslora if it was trained so",
         )
 
-    def summary(self, index: Index) -> ModelSummary:  # noqa: ARG002  (the names do not tell which model it is)
-        """See `Dialect.summary`."""
-        return ModelSummary("unknown")
+    def summary(self, tree: Tree) -> ModelSummary:
+        """See `Dialect.summary`: what config.json calls it."""
+        kind = (tree.config or {}).get("model_type")
+        return ModelSummary(kind if isinstance(kind, str) and kind else "unknown")
 
     def grouping(self, index: Index, sites: tuple[AdapterSite, ...]) -> Mapping[KeyPath, Group]:
         """See `Dialect.grouping`: what no adapter is on was left as it was."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge_cli.errors import CorruptCheckpoint, UsageError
+from lora_merge_cli.formats.interface import PROVENANCE
 from lora_merge_cli.records import first_names
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-PROVENANCE = "lora_merge.json"
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[.-].*|adapters\.safetensors|pytorch_lora_weights\..*")

@@ -11,6 +11,9 @@ from lora_merge_cli.records import Array, Constant, Index, KeyPath, Region, Tens
 
 FLAT = "flat"
 
+PROVENANCE = "lora_merge.json"
+"""The name of the file that says how a checkpoint was made; a suffix to the name of a checkpoint that is one file."""
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 

@@ -12,12 +12,10 @@ import re
 from pathlib import Path
 
 from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UnknownFormat, UsageError
-from lora_merge_cli.formats.interface import Checkpoint, Destination, Sink
+from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
 from lora_merge_cli.formats.orbax_metadata import STEP_FILE, TREE_FILE
 from lora_merge_cli.formats.orbax_sink import OrbaxSink
 from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
-
-PROVENANCE = "lora_merge.json"
 
 _PREFERRED_ITEM = "params"
 _OPTIMISER_ITEM = "train_state"

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
-from lora_merge_cli.errors import storage_refusal
+from lora_merge_cli.errors import UnsupportedCheckpoint, storage_refusal
 from lora_merge_cli.formats.interface import LeafData, Stored
 from lora_merge_cli.formats.orbax_metadata import Entry, write_step, write_tree
 from lora_merge_cli.formats.waiting import finished
-from lora_merge_cli.records import Array, Constant, Region, TensorSpec
+from lora_merge_cli.records import Array, Constant, Region, TensorSpec, display
 
 _BYTES_IN_FLIGHT = 384 * 2**20
+_NUMBERS: dict[str, Callable[[str], Array]] = {
+    "int": lambda text: np.asarray(int(text), np.int64),
+    "float": lambda text: np.asarray(float(text), np.float64),
+    "bool": lambda text: np.asarray(text == "True"),
+}
 _CODECS: dict[int, dict[str, Any]] = {
     2: {"compressor": {"id": "zstd", "level": 1}},
     3: {
@@ -54,6 +61,8 @@ class OrbaxSink:
 
     def write(self, specs: Sequence[TensorSpec], leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
         """See `Sink.write`."""
+        numbers, constants = _numbers_as_leaves(constants)
+        specs, leaves = [*specs, *(leaf.spec for leaf in numbers)], itertools.chain(leaves, numbers)
         with _storing(self._path):
             self._path.mkdir(parents=True, exist_ok=True)
         pending: deque[tuple[int, ts.Future[Any]]] = deque()
@@ -113,6 +122,25 @@ class OrbaxSink:
     def _kvstore(self, prefix: str) -> dict[str, Any]:
         files = {"driver": "file", "path": f"{self._path}/"}
         return {"driver": "ocdbt", "base": files, "config": _OCDBT, "path": prefix}
+
+
+def _numbers_as_leaves(constants: Iterable[Constant]) -> tuple[list[LeafData], list[Constant]]:
+    """Python numbers, which Orbax stores as arrays without axes, and the constants that are none."""
+    numbers: list[LeafData] = []
+    others: list[Constant] = []
+    for constant in constants:
+        number = _NUMBERS.get(constant.kind)
+        if number is None or constant.value is None:
+            others.append(constant)
+            continue
+        try:
+            value = number(constant.value)
+        except OverflowError as error:
+            raise UnsupportedCheckpoint(
+                "a number that Orbax cannot hold", where=display(constant.path), found=constant.value
+            ) from error
+        numbers.append(LeafData(TensorSpec(constant.path, (), value.dtype, "scalar"), (), iter([((), value)])))
+    return numbers, others
 
 
 def _wait_for_first(pending: deque[tuple[int, ts.Future[Any]]]) -> int:

@@ -17,7 +17,6 @@ from lora_merge_cli.formats.flat import FlatFile
 from lora_merge_cli.formats.hf_dir import (
     ADAPTER_CONFIG,
     CONFIG,
-    PROVENANCE,
     companions,
     find_adapter,
     is_adapter_file,
@@ -26,7 +25,7 @@ from lora_merge_cli.formats.hf_dir import (
     step_folders,
     step_number,
 )
-from lora_merge_cli.formats.interface import Checkpoint, Destination, Sink
+from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
 from lora_merge_cli.formats.safetensors_header import looks_like_safetensors
 from lora_merge_cli.formats.safetensors_sink import MODEL_STEM, TREE_STEM, SafetensorsSink
 from lora_merge_cli.formats.safetensors_source import SafetensorsSource, read_weight_map

@@ -15,13 +15,12 @@ from lora_merge_cli.errors import CorruptCheckpoint, UsageError
 from lora_merge_cli.formats.hf_dir import (
     ADAPTER_CONFIG,
     CONFIG,
-    PROVENANCE,
     companions,
     find_adapter,
     left_out,
     read_config,
 )
-from lora_merge_cli.formats.interface import Checkpoint, Destination, Sink
+from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
 from lora_merge_cli.formats.torch_archive import open_archive
 from lora_merge_cli.formats.torch_sink import TorchSink
 from lora_merge_cli.formats.torch_source import TorchSource

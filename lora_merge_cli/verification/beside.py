@@ -57,8 +57,10 @@ def _config_mistakes(config: Mapping[str, Any] | None, wanted: Mapping[str, Any]
 
 def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) -> CheckRecord:
     """What serving needs beside the parameters: present, finite, sane, and the checkpoint's."""
-    if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.name == "unknown"):
+    if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.item is None):
         return CheckRecord("assets", "skip", "neither the checkpoint nor the result has assets")
+    if merged.directory.is_file():
+        return CheckRecord("assets", "warn", "the result is one file: the assets that a server needs are elsewhere")
     after = check_assets(merged.assets, quantiles=summary.needs_quantiles)
     before = check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
     old = {_without_folder(problem, checkpoint.assets) for problem in before.problems}

@@ -14,7 +14,7 @@ from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
-from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs
+from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
 from lora_merge_cli.listening import Listener
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import (
@@ -157,7 +157,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
     return VerifyReport(
         status="failed" if any(check.status == "fail" for check in verdict.checks) else "passed",
         tool_version=__version__,
-        model=dialect.summary(index).name,
+        model=dialect.summary(tree_of(inputs.checkpoint)).name,
         dialect=dialect.name,
         sources=tuple(sources),
         multiplier=request.options.multiplier,
@@ -196,7 +196,7 @@ def judge(
     terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier)
     findings = Examination(merged, inputs, terms, judging.sample, listener).run(expectation)
     serving = dialect.serving_dtype.name
-    summary = dialect.summary(inputs.checkpoint.source.index())
+    summary = dialect.summary(tree_of(inputs.checkpoint))
     found = (
         checks.readable(findings),
         checks.structure(findings),
