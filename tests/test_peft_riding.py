@@ -121,14 +121,14 @@ TIED_CASES = {
     "tied adapters": (EMBED | HEAD, {"ensure_weight_tying": True}, [EMBEDDING], [], False, {}),
     "tied adapter of the head": (HEAD, {"ensure_weight_tying": True}, [EMBEDDING], [], False, {}),
     "neither": (QUERY, {}, [("model.layers.0.self_attn.q_proj.weight",)], [], False, {}),
-    "saved head": ({f"{PREFIX}lm_head.weight": (12, 4)}, {}, [], [LM_HEAD], False, UNTIES),
+    "saved head": ({f"{PREFIX}lm_head.weight": (12, 4)}, {}, [], [LM_HEAD], True, UNTIES),
     "saved embedding": ({f"{PREFIX}model.embed_tokens.weight": (12, 4)}, {}, [], [EMBEDDING], True, UNTIES),
     "saved both": (
         {f"{PREFIX}lm_head.weight": (12, 4), f"{PREFIX}model.embed_tokens.weight": (12, 4)},
         {},
         [],
         [LM_HEAD, EMBEDDING],
-        False,
+        True,
         UNTIES,
     ),
     "tied and saved both": (
@@ -145,7 +145,7 @@ TIED_CASES = {
         {},
         [EMBEDDING],
         [EMBEDDING, LM_HEAD],
-        False,
+        True,
         UNTIES | {"vocab_size": 15},
     ),
     "resized base under the head": (
@@ -153,7 +153,7 @@ TIED_CASES = {
         {},
         [LM_HEAD],
         [LM_HEAD, EMBEDDING],
-        False,
+        True,
         UNTIES | {"vocab_size": 15},
     ),
     "resized and saved alone": (

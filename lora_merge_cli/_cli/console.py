@@ -95,6 +95,11 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def shown(text: str) -> str:
+    """A checkpoint's string as it may stand in what is printed."""
+    return escape(visible(text))
+
+
 def starred(site: SiteRow | SiteRecord) -> str:
     """A site's scale; starred where nobody stated it."""
     if site.scale is None:
@@ -105,6 +110,6 @@ def starred(site: SiteRow | SiteRecord) -> str:
 def print_lines(console: Console, word: str, lines: Sequence[str], style: str) -> None:
     """Lines after a word in a style; not all where there are many."""
     for line in lines[:_MANY]:
-        console.print(f"[{style}]{word}:[/{style}] {escape(visible(line))}", overflow="fold")
+        console.print(f"[{style}]{word}:[/{style}] {shown(line)}", overflow="fold")
     if len(lines) > _MANY:
         console.print(f"[{style}]{word}:[/{style}] and {len(lines) - _MANY} more")

@@ -6,12 +6,20 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
-from lora_merge_cli.report import LayerRecord, ModelReport, SiteRecord
+from lora_merge_cli.records import first_names
+from lora_merge_cli.report import LayerRecord, ModelReport
+from lora_merge_cli.reports.escaping import visible
+from lora_merge_cli.reports.kinds import least
+from lora_merge_cli.reports.layer_rows import LayerRow, LayerRows, layer_rows
 from lora_merge_cli.reports.words import figure, survival_for
 
 _COLUMNS = 24
+_LABEL = 12
+_BETWEEN = 11
+_MOST_ROWS = 40
 _SHADES = " ░▒▓█"
 
 Colour = tuple[int, int, int]
@@ -36,62 +44,68 @@ _GAINS: Sequence[tuple[float, Colour]] = (
 
 def print_heatmaps(console: Console, report: ModelReport) -> None:
     """Both maps of every expert, side by side; nothing where nothing was measured."""
-    sites = [site for site in report.sites if len(site.layers) > 1]
-    label = max((len(site.label) for site in sites), default=0)
-    for group in dict.fromkeys(site.group for site in sites):
-        rows = [site for site in sites if site.group == group]
-        largest = max((layer.relative_norm or 0.0 for site in rows for layer in site.layers), default=0.0) or 1.0
-        lines = [_row(console, site, report.serving_dtype, largest) for site in rows]
-        width = max(len(_columns(site)) for site in rows)
-        first, last = rows[0].layers[0].layer, rows[0].layers[-1].layer
-        console.print()
-        console.print(
-            f"[bold]{group}[/bold], layers {first}-{last}: |d|/|w| up to {figure(largest)}; "
-            f"gain in {report.serving_dtype}, least",
-            highlight=False,
-        )
-        for site, (sizes, gains, least) in zip(rows, lines, strict=True):
-            text = Text(f"{site.label:<{label}}  ")
-            text.append_text(sizes)
-            text.append(" " * (width - len(sizes)) + "  ")
-            text.append_text(gains)
-            text.append(" " * (width - len(gains)) + f"  {figure(least)}")
-            console.print(text, no_wrap=True, overflow="crop")
+    experts = {
+        group: layer_rows([site for site in report.sites if site.group == group and site.layers])
+        for group in dict.fromkeys(site.group for site in report.sites)
+    }
+    experts = {group: found for group, found in experts.items() if len(found.layers) > 1}
+    longest = max((len(row.label) for found in experts.values() for row in found.rows), default=0)
+    for group, found in experts.items():
+        room = console.width - 2 * len(_columns(found.layers)) - _BETWEEN
+        _print_expert(console, report, group, found, min(longest, max(room, _LABEL)))
 
 
-def _row(console: Console, site: SiteRecord, serving: str, largest: float) -> tuple[Text, Text, float | None]:
+def _print_expert(console: Console, report: ModelReport, group: str, found: LayerRows, label: int) -> None:
+    rows, layers = found.rows, found.layers
+    largest = max((layer.relative_norm or 0 for row in rows for of in row.layers.values() for layer in of), default=0)
+    largest = largest or 1
+
     def gain(layer: LayerRecord) -> float | None:
-        found = survival_for(layer, serving)
+        found = survival_for(layer, report.serving_dtype)
         return None if found is None else found.gain_along_inputs
 
     def size(layer: LayerRecord) -> float | None:
         return None if layer.relative_norm is None else layer.relative_norm / largest
 
-    known = [value for value in map(gain, site.layers) if value is not None]
-    columns = _columns(site)
-    return (
-        _blocks(console, columns, size, max, _SIZES),
-        _blocks(console, columns, gain, min, _GAINS),
-        min(known, default=None),
+    columns = _columns(layers)
+    console.print()
+    console.print(
+        f"[bold]{escape(visible(group))}[/bold], layers {layers[0]}-{layers[-1]}: |d|/|w| up to {figure(largest)}; "
+        f"gain in {report.serving_dtype}, least",
+        highlight=False,
     )
+    for row in rows[:_MOST_ROWS]:
+        name = visible(row.label)
+        # Names differ at their ends.
+        text = Text(f"{name if len(name) <= label else '…' + name[1 - label :]:<{label}}  ")
+        text.append_text(_blocks(console, row, columns, size, max, _SIZES))
+        text.append("  ")
+        text.append_text(_blocks(console, row, columns, gain, min, _GAINS))
+        text.append(f"  {figure(least(row.value(layer, gain, min) for layer in layers))}")
+        console.print(text, no_wrap=True, overflow="crop")
+    if len(rows) > _MOST_ROWS:
+        console.print(f"[dim]and {len(rows) - _MOST_ROWS} more rows: --report x.html has all[/dim]")
+    if found.aside:
+        console.print(f"[dim]in no layer: {escape(visible(first_names(found.aside, 3)))}[/dim]")
 
 
-def _columns(site: SiteRecord) -> list[Sequence[LayerRecord]]:
+def _columns(layers: Sequence[int]) -> list[Sequence[int]]:
     """The layers that share a block: one each while they fit."""
-    each = -(-len(site.layers) // _COLUMNS)
-    return [site.layers[start : start + each] for start in range(0, len(site.layers), each)]
+    each = -(-len(layers) // _COLUMNS)
+    return [layers[start : start + each] for start in range(0, len(layers), each)]
 
 
 def _blocks(
     console: Console,
-    columns: Sequence[Sequence[LayerRecord]],
+    row: LayerRow,
+    columns: Sequence[Sequence[int]],
     value_of: Callable[[LayerRecord], float | None],
     worst: Callable[[list[float]], float],
     ramp: Sequence[tuple[float, Colour]],
 ) -> Text:
     text = Text()
     for layers in columns:
-        known = [value for value in map(value_of, layers) if value is not None]
+        known = [value for value in (row.value(layer, value_of, worst) for layer in layers) if value is not None]
         if not known:
             text.append("·")
             continue

@@ -13,7 +13,7 @@ from lora_merge_cli._cli.console import plain_table, print_lines, stdout_console
 from lora_merge_cli._cli.heatmap import print_heatmaps
 from lora_merge_cli.report import CheckRecord, CheckStatus, VerifyReport
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.words import byte_size
+from lora_merge_cli.reports.words import adapters_in_words, byte_size, model_name
 
 _STYLES = {"pass": "green", "warn": "bold yellow", "fail": "bold red", "skip": "dim"}
 _KEYS = 3
@@ -25,10 +25,12 @@ def print_verification(report: VerifyReport) -> None:
     print_heatmaps(console, report)
     console.print()
     print_checks(console, report.checks)
+    print_lines(console, "warning", report.warnings, "bold yellow")
     print_lines(console, "note", report.notes, "dim")
     merged = next((source.path for source in report.sources if source.role == "merged"), "the result")
+    name = model_name(report)
     verdict = "[bold red]NOT verified[/bold red]" if report.failed else "[bold green]verified[/bold green]"
-    console.print(f"{verdict}  {report.model}, {len(report.sites)} adapters: {tally(report.checks)}")
+    console.print(f"{verdict}  {f'{escape(name)}, ' if name else ''}{adapters_in_words(report)}: {tally(report.checks)}")
     console.print(
         f"[bold]{escape(merged)}[/bold]  in {report.seconds or 0:.1f} s, peak {byte_size(report.peak_rss_bytes or 0)}",
         overflow="fold",

@@ -9,29 +9,41 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_merge_cli._cli.console import plain_table, print_lines, starred, stdout_console
+from lora_merge_cli._cli.console import plain_table, print_lines, shown, starred, stdout_console
+from lora_merge_cli._cli.kind_tables import print_adapter_heading, print_by_kind_hint, print_scale_sources, with_rest
+from lora_merge_cli._cli.show_adapter import print_adapter, print_adapter_alone
 from lora_merge_cli.inspection import BaseRow, Inspection, SiteRow
+from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, middle, site_kinds
 from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, figure, quantity
 
 
 def print_inspection(found: Inspection) -> None:
     """An `Inspection` for people."""
     console = stdout_console()
+    alone = found.adapters[0] if found.adapters and not found.groups else None
     step = "" if found.step is None else f", step {found.step}"
-    console.print(f"[bold]{found.model}[/bold] ({found.format}, {found.dialect}{step})")
+    model = "checkpoint" if found.model == "unknown" else found.model
+    console.print(f"[bold]{model}[/bold] ({found.format}, {found.dialect}{step})")
     console.print(escape(found.path), overflow="fold")
     dtypes = ", ".join(f"{byte_size(size)} {name}" for name, size in found.dtypes)
     console.print(
         f"{quantity(found.parameters)} parameters in {found.leaves} leaves, {byte_size(found.nbytes)} ({dtypes})"
     )
-    if found.adapter_parameters:
-        console.print(f"{quantity(found.adapter_parameters)} of them are adapters")
-    if found.sites:
-        _print_sites(console, found.sites)
-    console.print(_group_table(found))
+    inside = found.adapter_parameters - sum(adapter.parameters for adapter in found.adapters)
+    if inside:
+        console.print(f"{quantity(inside)} of them are adapters")
+    if alone is not None:
+        print_adapter_alone(console, alone)
+    else:
+        for number, adapter in enumerate(found.adapters):
+            print_adapter(console, adapter, number + 1 if len(found.adapters) > 1 else None, found.notes)
+        if found.sites:
+            _print_sites(console, found)
+        console.print(_group_table(found))
     if found.base:
         _print_base(console, found.base)
     _print_assets(console, found)
+    print_lines(console, "warning", found.warnings, "bold yellow")
     print_lines(console, "note", found.notes, "dim")
     print_lines(console, "would be refused", found.problems, "bold red")
     console.print("\n[bold]Next[/bold]")
@@ -39,25 +51,62 @@ def print_inspection(found: Inspection) -> None:
         console.print(f"  {escape(line)}", soft_wrap=line.startswith("lora-merge"))
 
 
-def _print_sites(console: Console, sites: Sequence[SiteRow]) -> None:
+def _print_sites(console: Console, found: Inspection) -> None:
+    by_kind = len(found.sites) > MANY_SITES
+    table_of = _kinds_table if by_kind else _sites_table
+    console.print()
+    if len(found.adapters) < 2:
+        console.print(table_of(found.sites))
+    for number, adapter in enumerate(found.adapters if len(found.adapters) > 1 else ()):
+        print_adapter_heading(console, number + 1, adapter.path, adapter.weight)
+        console.print(table_of([site for site in found.sites if site.adapter == number]))
+    if by_kind:
+        if any(site.stats for site in found.sites):
+            console.print(
+                "[dim]|d|/|w|: the median of a row's sites; worst: the largest; eff.rank: the least[/dim]"
+            )
+        print_by_kind_hint(console, "--json")
+    print_scale_sources(console, found.sites, len(found.adapters))
+    console.print()
+
+
+def _sites_table(sites: Sequence[SiteRow]) -> Table:
     measured = any(site.stats for site in sites)
     # Either fits 80 columns; both together do not.
     more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
-    table = plain_table("site", ">rank", ">layers", ">scale", *more)
+    stacked = any(site.layers for site in sites)
+    table = plain_table("site", ">rank", *([">layers"] if stacked else []), ">scale", *more)
     for site in sites:
-        row = [escape(site.label), str(site.rank), str(site.layers or "-"), starred(site)]
+        row = [shown(site.label), str(site.rank), *([str(site.layers or "-")] if stacked else []), starred(site)]
         if site.stats is None:
             row.append(site.equation)
         else:
             norms = (site.stats.relative_norm, site.stats.relative_norm_worst)
             row += [*map(figure, norms), f"{site.stats.effective_rank:.1f}", str(site.stats.non_finite)]
         table.add_row(*row)
-    console.print()
-    console.print(table)
-    sources = dict.fromkeys((site.group, site.scale_source) for site in sites)
-    for group, source in sources:
-        console.print(f"[dim]{group}: {escape(source)}[/dim]")
-    console.print()
+    return table
+
+
+def _kinds_table(sites: Sequence[SiteRow]) -> Table:
+    measured = any(site.stats for site in sites)
+    more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
+    table = plain_table("sites", ">layers", ">rank", ">scale", *more)
+    rows = site_kinds(sites)
+    for kind in rows[:MOST_KINDS]:
+        one = kind.members[0]
+        row = [shown(kind.counted), kind.layers, str(one.rank), starred(one)]
+        stats = [site.stats for site in kind.members if site.stats is not None]
+        if stats:
+            row += [
+                figure(middle(found.relative_norm for found in stats)),
+                figure(largest(found.relative_norm_worst for found in stats)),
+                f"{min(found.effective_rank for found in stats):.1f}",
+                str(sum(found.non_finite for found in stats)),
+            ]
+        else:
+            row.append(", ".join(dict.fromkeys(site.equation for site in kind.members)))
+        table.add_row(*row)
+    return with_rest(table, rows)
 
 
 def _group_table(found: Inspection) -> Table:
@@ -86,7 +135,7 @@ def _print_base(console: Console, rows: Sequence[BaseRow]) -> None:
 
 def _print_assets(console: Console, found: Inspection) -> None:
     assets = found.assets
-    if not assets.problems:
+    if assets.asset_ids and not assets.problems:
         console.print(f"\nassets: norm stats of {', '.join(assets.asset_ids)}, sane")
     elif found.model != "unknown" or assets.files:
         print_lines(console, "assets", assets.problems, "bold yellow")

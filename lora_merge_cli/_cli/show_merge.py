@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from lora_merge_cli._cli.console import plain_table, print_lines, starred, stdout_console
+from lora_merge_cli._cli.console import plain_table, print_lines, shown, starred, stdout_console
 from lora_merge_cli._cli.heatmap import print_heatmaps
+from lora_merge_cli._cli.kind_tables import print_adapter_heading, print_by_kind_hint, print_scale_sources, with_rest
 from lora_merge_cli._cli.show_checks import print_checks
+from lora_merge_cli.records import first_names
 from lora_merge_cli.report import MergeReport, SiteRecord
-from lora_merge_cli.reports.words import byte_size, figure, survival_for
+from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, least, middle, site_kinds
+from lora_merge_cli.reports.words import (
+    adapters_in_words,
+    beside,
+    brought,
+    byte_size,
+    figure,
+    gain_along_inputs,
+    model_name,
+    untouched,
+    why,
+)
 
 
 def print_merge(report: MergeReport) -> None:
@@ -23,8 +37,11 @@ def print_merge(report: MergeReport) -> None:
 def _print_plan(report: MergeReport) -> None:
     """A dry run for people."""
     console = stdout_console()
-    console.print(f"[bold]{report.model}: {len(report.sites)} adapters to merge[/bold] (dry run, nothing written)")
-    _print_report_sites(console, report.sites)
+    name = model_name(report)
+    what = f"{adapters_in_words(report)} to merge"
+    console.print(f"[bold]{f'{escape(name)}: {what}' if name else what}[/bold] (dry run, nothing written)")
+    _print_by_adapter(console, report, _planned_sites)
+    print_scale_sources(console, report.sites, len(beside(report)))
     _print_changes(console, report)
     console.print(
         f"to write: up to {byte_size(report.output_bytes)}; peak memory: about {byte_size(report.peak_bytes_planned)}"
@@ -37,24 +54,11 @@ def _print_result(report: MergeReport) -> None:
     """A finished merge for people."""
     console = stdout_console()
     verdict = "[bold red]rejected[/bold red]" if report.failed else "[bold green]merged[/bold green]"
-    console.print(f"{verdict} {len(report.sites)} adapters of {report.model}")
-    table = plain_table("site", ">rank", ">scale", ">|d|/|w|", ">max|d|", ">stored", ">served")
-    for site in report.sites:
-        stored, served = (survival_for(site, d) for d in (site.dtype, report.serving_dtype))
-        table.add_row(
-            escape(site.label),
-            str(site.rank),
-            starred(site),
-            figure(site.relative_norm),
-            figure(site.max_abs),
-            *(figure(s.gain_along_inputs if s else None) for s in (stored, served)),
-        )
-    console.print(table)
-    stored_as = ", ".join(sorted({site.dtype for site in report.sites}))
-    console.print(
-        f"[dim]stored, served: the share of each delta that an input which the adapter reacts to sees in "
-        f"{stored_as} and in {report.serving_dtype}; 1 is all[/dim]"
-    )
+    name = model_name(report)
+    console.print(f"{verdict} {adapters_in_words(report)}{f' of {escape(name)}' if name else ''}")
+    _print_by_adapter(console, report, _merged_sites)
+    if report.sites:
+        _print_legend(console, report)
     print_heatmaps(console, report)
     console.print()
     _print_changes(console, report)
@@ -71,19 +75,98 @@ def _print_result(report: MergeReport) -> None:
         )
 
 
-def _print_report_sites(console: Console, sites: Sequence[SiteRecord]) -> None:
-    table = plain_table("site", ">rank", "equation", ">scale", "stored as")
-    for site in sites:
-        stored = site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} > {site.dtype}"
-        table.add_row(escape(site.label), str(site.rank), site.equation, starred(site), stored)
-    console.print(table)
-    for group, source in dict.fromkeys((site.group, site.scale_source) for site in sites):
-        console.print(f"[dim]{group}: {escape(source)}[/dim]")
+def _print_by_adapter(
+    console: Console, report: MergeReport, table_of: Callable[[Sequence[SiteRecord], MergeReport, bool], Table]
+) -> None:
+    """A table of all sites, or one for each of several adapters; by kind where there are many sites."""
+    adapters = beside(report)
+    by_kind = len(report.sites) > MANY_SITES
+    if len(adapters) < 2:
+        if report.sites:
+            console.print(table_of(report.sites, report, by_kind))
+    for number, source in enumerate(adapters if len(adapters) > 1 else ()):
+        console.print()
+        print_adapter_heading(console, number + 1, source.path, source.weight)
+        sites = [site for site in report.sites if site.adapter == number]
+        console.print(table_of(sites, report, by_kind) if sites else "no sites")
+    if by_kind:
+        print_by_kind_hint(console, "--json, or --report x.html,")
+
+
+def _planned_sites(sites: Sequence[SiteRecord], report: MergeReport, by_kind: bool) -> Table:  # noqa: ARG001
+    def stored(site: SiteRecord) -> str:
+        return site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} > {site.dtype}"
+
+    if not by_kind:
+        table = plain_table("site", ">rank", "equation", ">scale", "stored as")
+        for site in sites:
+            table.add_row(shown(site.label), str(site.rank), site.equation, starred(site), stored(site))
+        return table
+    table = plain_table("sites", ">layers", ">rank", ">scale", "stored as")
+    rows = site_kinds(sites)
+    for kind in rows[:MOST_KINDS]:
+        one = kind.members[0]
+        kept = ", ".join(dict.fromkeys(map(stored, kind.members)))
+        table.add_row(shown(kind.counted), kind.layers, str(one.rank), starred(one), kept)
+    return with_rest(table, rows)
+
+
+def _merged_sites(sites: Sequence[SiteRecord], report: MergeReport, by_kind: bool) -> Table:
+    if not by_kind:
+        table = plain_table("site", ">rank", ">scale", ">|d|/|w|", ">max|d|", ">stored", ">served")
+        for site in sites:
+            table.add_row(
+                shown(site.label),
+                str(site.rank),
+                starred(site),
+                figure(site.relative_norm),
+                figure(site.max_abs),
+                *(figure(gain_along_inputs(site, dtype)) for dtype in (site.dtype, report.serving_dtype)),
+            )
+        return table
+    table = plain_table("sites", ">layers", ">rank", ">scale", ">|d|/|w|", ">most", ">stored", ">served")
+    rows = site_kinds(sites)
+    for kind in rows[:MOST_KINDS]:
+        one = kind.members[0]
+        norms = [site.relative_norm for site in kind.members]
+        table.add_row(
+            shown(kind.counted),
+            kind.layers,
+            str(one.rank),
+            starred(one),
+            figure(middle(norms)),
+            figure(largest(norms)),
+            figure(least(gain_along_inputs(site, site.dtype) for site in kind.members)),
+            figure(least(gain_along_inputs(site, report.serving_dtype) for site in kind.members)),
+        )
+    return with_rest(table, rows)
+
+
+def _print_legend(console: Console, report: MergeReport) -> None:
+    dtypes = list(dict.fromkeys([*sorted({site.dtype for site in report.sites}), report.serving_dtype]))
+    stored_as = ", ".join(sorted({site.dtype for site in report.sites}))
+    both = stored_as if len(dtypes) == 1 else f"{stored_as} and in {report.serving_dtype}"
+    if len(report.sites) > MANY_SITES:
+        console.print("[dim]|d|/|w|: the median of a row's sites; most: the largest; stored, served: the least[/dim]")
+    console.print(
+        f"[dim]stored, served: the share of each delta that an input which the adapter reacts to sees in {both}; "
+        "1 is all[/dim]"
+    )
+    if len(beside(report)) > 1:
+        console.print("[dim]the figures of a kernel are of all adapters on it together[/dim]")
 
 
 def _print_changes(console: Console, report: MergeReport) -> None:
-    origins = Counter(leaf.origin for leaf in report.copied)
-    for origin, count in sorted(origins.items()):
+    for origin, count in sorted(Counter(leaf.origin for leaf in untouched(report.copied)).items()):
         console.print(f"{count} leaves {origin}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for leaf in brought(report.copied):
+        reasons.setdefault((leaf.origin, why(leaf)), []).append(leaf.path)
+    for (origin, reason), paths in sorted(reasons.items()):
+        leaves = "leaf" if len(paths) == 1 else "leaves"
+        console.print(
+            f"[bold]{len(paths)} {leaves} {origin}[/bold]: {shown(reason)} ({shown(first_names(paths, 3))})",
+            overflow="fold",
+        )
     for reason, count in Counter(leaf.reason for leaf in report.dropped).items():
         console.print(f"{count} dropped: {escape(reason)}")

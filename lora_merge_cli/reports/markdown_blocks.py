@@ -7,11 +7,6 @@ from collections.abc import Iterable, Sequence
 _MANY_ROWS = 12
 
 
-def counted(count: int, noun: str) -> str:
-    """A count with its noun, for example ``2 warnings``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def bullets(items: Iterable[str]) -> str:
     """A list."""
     return "\n".join(f"- {item}" for item in items)

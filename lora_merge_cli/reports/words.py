@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lora_merge_cli.report import LayerRecord, SiteRecord, SurvivalRecord
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lora_merge_cli.report import LayerRecord, LeafRecord, ModelReport, SiteRecord, SourceRecord, SurvivalRecord
 
 STATUS_WORDS = {
     "adapter": "LoRA factors",
@@ -11,6 +14,15 @@ STATUS_WORDS = {
     "trained": "fully trained",
 }
 """What a fine-tune did to a group of leaves, in words."""
+
+
+_BROUGHT = ("replaced", "created")
+_UNKNOWN = "unknown"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, for example ``2 warnings``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def byte_size(count: int) -> str:
@@ -48,3 +60,73 @@ def short_scale(site: SiteRecord) -> str:
 def survival_for(site: SiteRecord | LayerRecord, dtype: str) -> SurvivalRecord | None:
     """The figures for one dtype, if measured."""
     return next((survival for survival in site.survival if survival.dtype == dtype), None)
+
+
+def beside(report: ModelReport) -> tuple[SourceRecord, ...]:
+    """The adapters that lie beside the checkpoint; none where they are inside."""
+    return tuple(source for source in report.sources if source.role == "adapter")
+
+
+def adapters_in_words(report: ModelReport) -> str:
+    """How much was adapted: ``10 adapters``, or ``154 sites of 1 adapter`` where adapters have a file of their own."""
+    adapters = beside(report)
+    if not adapters:
+        return counted(len(report.sites), "adapter")
+    return f"{counted(len(report.sites), 'site')} of {counted(len(adapters), 'adapter')}"
+
+
+def model_name(report: ModelReport) -> str | None:
+    """The model; None where nobody knows it."""
+    return None if report.model == _UNKNOWN else report.model
+
+
+def subject(report: ModelReport) -> str:
+    """What a report is of: the model, or the directory of one that nobody knows."""
+    merged_into = next((Path(source.path).name for source in report.sources if source.role == "checkpoint"), None)
+    return model_name(report) or merged_into or "a checkpoint"
+
+
+def source_names(sources: Sequence[SourceRecord]) -> list[str]:
+    """Each source's role, with a number where there are several adapters."""
+    several = sum(source.role == "adapter" for source in sources) > 1
+    numbers = iter(range(1, len(sources) + 1))
+    return [
+        f"adapter {next(numbers)}"
+        if several and source.role == "adapter"
+        else source.role.upper()
+        if source.role in ("a", "b")
+        else source.role
+        for source in sources
+    ]
+
+
+def weight_in_words(source: SourceRecord) -> str | None:
+    """An adapter's weight, where it is not as trained."""
+    return None if source.weight in (None, 1) else f"weight {source.weight:g}"
+
+
+def adapter_mark(site: SiteRecord) -> str:
+    """Which of several adapters a site is of, from 1, and its weight where that is not 1."""
+    number = "-" if site.adapter is None else str(site.adapter + 1)
+    return number if site.weight == 1 else f"{number} @{site.weight:g}"
+
+
+def brought(leaves: Iterable[LeafRecord]) -> list[LeafRecord]:
+    """The leaves whose values are an adapter's, or that the checkpoint does not have."""
+    return [leaf for leaf in leaves if leaf.origin in _BROUGHT]
+
+
+def untouched(leaves: Iterable[LeafRecord]) -> list[LeafRecord]:
+    """The leaves that no adapter has to do with."""
+    return [leaf for leaf in leaves if leaf.origin not in _BROUGHT]
+
+
+def why(leaf: LeafRecord) -> str:
+    """Why an adapter brings a leaf."""
+    return leaf.reason or ("not in the checkpoint" if leaf.origin == "created" else "the adapter's own")
+
+
+def gain_along_inputs(site: SiteRecord | LayerRecord, dtype: str) -> float | None:
+    """What an input that the adapter reacts to sees of the delta in one dtype, if measured."""
+    survival = survival_for(site, dtype)
+    return survival.gain_along_inputs if survival else None

@@ -33,7 +33,7 @@ class Tying:
     """What becomes of tied embeddings."""
 
     created: list[Created] = field(default_factory=list)
-    """The head, where it is no longer tied and nothing else brings it."""
+    """The head, where it is no longer tied: whatever the adapter does to it, it starts as the embedding."""
     replaced: list[Replacement] = field(default_factory=list)
     """Tensors that both of the two need, and that the adapter holds for one of them."""
     mirrored: tuple[KeyPath, KeyPath] | None = None
@@ -279,8 +279,8 @@ def _untie(tying: Tying, pair: _Pair, embedding: _Side, head: _Side, base: Tree,
         tying.replaced.append(_resized_copy(pair.head, embedding.copy))
     elif resized == [head] and head.copy is not None and embedding.whole is None:
         tying.replaced.append(_resized_copy(pair.embedding, head.copy))
-    elif not pair.stored and head.whole is None:
-        tying.created.append(Created(pair.head, pair.embedding, "the head is no longer tied to the adapted embedding"))
+    if not pair.stored:
+        tying.created.append(Created(pair.head, pair.embedding, "the head is no longer tied to the embedding"))
     if not pair.stored and dotted(pair.embedding).count(".") == 1:
         tying.warnings.append(
             "the base is saved without its head's class, and the result has a head beside it: Transformers 4 refuses such a "

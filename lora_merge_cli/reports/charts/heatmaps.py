@@ -1,4 +1,4 @@
-"""Heatmaps: a row for each adapter of an expert, a column for each layer."""
+"""Heatmaps: a row for each module of an expert, a column for each layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import make_colorscale, sequential
 
+from lora_merge_cli.records import first_names
 from lora_merge_cli.report import LayerRecord, ModelReport, SiteRecord
 from lora_merge_cli.reports.charts.base import (
     PLAIN_AXIS,
@@ -22,7 +23,8 @@ from lora_merge_cli.reports.charts.base import (
     safe,
     whole_ticks,
 )
-from lora_merge_cli.reports.words import figure, survival_for
+from lora_merge_cli.reports.layer_rows import LayerRows, layer_rows
+from lora_merge_cli.reports.words import beside, figure, survival_for
 
 _ROW = 30
 _FEW_COLUMNS = 4
@@ -41,6 +43,7 @@ class _Heat:
     title: str
     caption: str
     read: Callable[[LayerRecord], float | None]
+    worst: Callable[[list[float]], float]
     format: str
     axis: dict[str, Any]
     colours: Mapping[str, Sequence[tuple[float, str]]]
@@ -61,8 +64,9 @@ def _size(report: ModelReport) -> _Heat:
     return _Heat(
         name="size",
         title="Size of the deltas",
-        caption="|delta| / |kernel| of each layer. Every expert has the same colours.",
+        caption=f"|delta| / |kernel| of each layer.{'' if beside(report) else ' Every expert has the same colours.'}",
         read=lambda layer: layer.relative_norm,
+        worst=max,
         format=".3~g",
         axis={"cmin": 0, "cmax": max(filter(None, sizes), default=1), "colorbar": {"tickformat": "~g", "nticks": 6}},
         colours=dict.fromkeys(THEMES, colours),
@@ -87,6 +91,7 @@ def _gain(dtype: str) -> _Heat:
         title=f"What {dtype} keeps of them",
         caption="Gain along the adapter's inputs: 1 is kept, less shrinks the fine-tune as a smaller scale would.",
         read=read,
+        worst=min,
         format=".3f",
         axis={"cmin": low, "cmax": high, "colorbar": ticks},
         colours={theme: scale(colours) for theme, colours in _GAIN_COLOURS.items()},
@@ -94,16 +99,16 @@ def _gain(dtype: str) -> _Heat:
 
 
 def _heatmap(heat: _Heat, name: str, expert: str, sites: Sequence[SiteRecord]) -> Chart:
-    cells = [{layer.layer: heat.read(layer) for layer in site.layers} for site in sites]
-    seen = sorted({layer for row in cells for layer in row})
+    found = layer_rows([site for site in sites if site.layers])
+    rows, seen = found.rows, found.layers
     # Layers that were not looked at are gaps: the cells beside them would be stretched over them otherwise.
     columns = list(range(seen[0], seen[-1] + 1))
-    height = _ROW * len(sites)
+    height = _ROW * len(rows)
     heatmap = go.Heatmap(
-        z=[[rounded(row.get(layer)) for layer in columns] for row in cells],
+        z=[[rounded(row.value(layer, heat.read, heat.worst)) for layer in columns] for row in rows],
         x=columns,
-        y=list(range(len(sites))),
-        customdata=[[safe(site.label)] * len(columns) for site in sites],
+        y=list(range(len(rows))),
+        customdata=[[safe(row.label)] * len(columns) for row in rows],
         hovertemplate=f"<b>%{{customdata}}</b><br>layer %{{x}}: %{{z:{heat.format}}}<extra></extra>",
         hoverongaps=False,
         xgap=2,
@@ -118,19 +123,28 @@ def _heatmap(heat: _Heat, name: str, expert: str, sites: Sequence[SiteRecord]) -
         margin={"l": 4, "r": 20, "t": 4, "b": 80},
         xaxis={**PLAIN_AXIS, "ticks": "", "title": {"text": "layer", "standoff": 4, "font": TITLE_FONT}}
         | whole_ticks(len(columns)),
-        yaxis={**ROWS_AXIS, **row_ticks([site.label for site in sites])},
+        yaxis={**ROWS_AXIS, **row_ticks([row.label for row in rows])},
         coloraxis=heat.axis | {"colorbar": _colour_bar(height) | heat.axis["colorbar"]},
     )
     return Chart(
         name,
         heat.title,
         expert,
-        f"{heat.caption} {len(seen)} layers were looked at." if len(seen) < len(columns) else heat.caption,
+        " ".join((heat.caption, *_remarks(found, len(columns)))),
         go.Figure(heatmap, layout),
         {theme: ({}, {"coloraxis.colorscale": colours}) for theme, colours in heat.colours.items()},
         [str(layer) for layer in seen],
-        [(site.label, [figure(row.get(layer)) for layer in seen]) for site, row in zip(sites, cells, strict=True)],
+        [(row.label, [figure(row.value(layer, heat.read, heat.worst)) for layer in seen]) for row in rows],
     )
+
+
+def _remarks(found: LayerRows, columns: int) -> Iterator[str]:
+    if len(found.layers) < columns:
+        yield f"{len(found.layers)} layers {'have adapters' if found.numbered else 'were looked at'}."
+    if found.shared:
+        yield "A cell is the worst of all that * stands for."
+    if found.aside:
+        yield f"In no layer, and in the table alone: {first_names(found.aside, 3)}."
 
 
 def _colour_bar(height: int) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""An adapter that lies beside its base, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_merge_cli._cli.console import plain_table, print_lines, shown
+from lora_merge_cli._cli.kind_tables import MOST_SOURCES, print_adapter_heading, with_rest
+from lora_merge_cli.inspection import AdapterRecord
+from lora_merge_cli.records import AdapterRow, Scale
+from lora_merge_cli.reports.kinds import MOST_KINDS, kinds
+from lora_merge_cli.reports.words import byte_size, counted, quantity
+
+
+def print_adapter_alone(console: Console, adapter: AdapterRecord) -> None:
+    """What an adapter says of itself, below the lines that say what and where it is."""
+    _print_base(console, adapter)
+    _print_targets(console, adapter)
+
+
+def print_adapter(console: Console, adapter: AdapterRecord, number: int | None, told: Collection[str]) -> None:
+    """An adapter beside the checkpoint that it is merged into.
+
+    Args:
+        console: Where to.
+        adapter: The adapter.
+        number: Which of several it is, from 1.
+        told: Notes that are printed elsewhere.
+    """
+    console.print()
+    print_adapter_heading(console, number, adapter.path, adapter.weight)
+    console.print(
+        f"{shown(adapter.method)} ({adapter.format}, {adapter.dialect}), {quantity(adapter.parameters)} parameters in "
+        f"{adapter.leaves} keys, {byte_size(adapter.nbytes)}"
+    )
+    if adapter.matched is not None:
+        style = "green" if adapter.matched == adapter.leaves else "bold red"
+        console.print(f"[{style}]{adapter.matched} of {counted(adapter.leaves, 'key')} matched[/{style}]")
+    _print_base(console, adapter)
+    _print_targets(console, adapter)
+    print_lines(console, "note", [note for note in adapter.notes if note not in told], "dim")
+
+
+def _print_base(console: Console, adapter: AdapterRecord) -> None:
+    said = "names no base" if adapter.base is None else f"made for {shown(adapter.base)}"
+    console.print(said, overflow="fold")
+
+
+def _print_targets(console: Console, adapter: AdapterRecord) -> None:
+    if adapter.rows:
+        console.print()
+        console.print(_targets(adapter))
+        sources = list(dict.fromkeys(row.scale.source for row in adapter.rows))
+        for source in sources[:MOST_SOURCES]:
+            console.print(f"[dim]scale: {shown(source)}[/dim]")
+        if len(sources) > MOST_SOURCES:
+            console.print(f"[dim]and {len(sources) - MOST_SOURCES} more, all of them with --json[/dim]")
+    print_lines(console, "rides along", adapter.riding, "bold")
+
+
+def _targets(adapter: AdapterRecord) -> Table:
+    table = plain_table("targets", ">layers", ">rank", ">scale", ">out x in")
+    rows = kinds(adapter.rows, lambda row: row.module, _likeness)
+    for kind in rows[:MOST_KINDS]:
+        one = kind.members[0]
+        shape = " x ".join(map(str, one.shape))
+        table.add_row(shown(kind.counted), kind.layers, str(one.rank), _scale(one.scale), shape)
+    return with_rest(table, rows)
+
+
+def _likeness(row: AdapterRow) -> tuple[int, Scale, tuple[int, int]]:
+    return row.rank, row.scale, row.shape
+
+
+def _scale(scale: Scale) -> str:
+    if scale.value is None:
+        return "unknown"
+    return f"{scale.value:.4g}{'*' if scale.assumed else ''}"
