@@ -93,20 +93,16 @@ def leaf_changes(
     """
     index = inputs.checkpoint.source.index()
     created = {leaf.path: leaf.source for leaf in survey.created}
-    targets = dict.fromkeys(
-        [
-            *created,
-            *(found.target for found in selection.replacements),
-            *(site.targets[0] for site in selection.sites),
-        ]
-    )
+    brings: dict[KeyPath, list[Replacement]] = {}
+    for found in selection.replacements:
+        weighed = with_fields(found, weight=found.weight * options.multiplier)
+        brings.setdefault(found.target, []).append(weighed)
+    sites: dict[KeyPath, list[AdapterSite]] = {}
+    for site in selection.sites:
+        sites.setdefault(site.targets[0], []).append(site)
     changes = {}
-    for path in targets:
-        replacements = tuple(
-            with_fields(found, weight=found.weight * options.multiplier)
-            for found in selection.replacements
-            if found.target == path
-        )
+    for path in dict.fromkeys([*created, *brings, *sites]):
+        replacements = tuple(brings.get(path, ()))
         before = index.tensors.get(created.get(path, path))
         brought = None
         for found in replacements:
@@ -114,7 +110,7 @@ def leaf_changes(
         change = LeafChange(
             path=path,
             before=before,
-            sites=tuple(site for site in selection.sites if site.targets[0] == path),
+            sites=tuple(sites.get(path, ())),
             replacements=replacements,
             brought=brought if any(found.rows is None for found in replacements) else None,
         )

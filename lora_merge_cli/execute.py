@@ -19,7 +19,7 @@ from lora_merge_cli.lowrank import LeafDigest, adapter_digest, leaf_digest, spec
 from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, PendingTile, operation_named
 from lora_merge_cli.operations.add_delta import AddDelta, scaled_factors
 from lora_merge_cli.plan import MergePlan, Step
-from lora_merge_cli.reading import nbytes, read_factors, read_start, read_whole
+from lora_merge_cli.reading import FactorReader, nbytes, read_start
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
@@ -62,6 +62,7 @@ class Execution:
         self._plan = plan
         self._inputs = inputs
         self._source = inputs.checkpoint.source
+        self._factors = FactorReader(inputs)
         self._device = device
         self._encodings = encodings
         self._listener = listener or Silent()
@@ -92,7 +93,7 @@ class Execution:
             for role, factor in site.factors.items():
                 key = site.adapter, factor.path
                 spec = self._plan.factors[key]
-                values = read_whole(self._inputs.source(site.adapter), spec)
+                values = self._factors.leaf(*key)
                 if key not in digests:
                     self._refuse_not_finite(site, spec, values)
                     digests[key] = leaf_digest(spec, values)
@@ -215,7 +216,7 @@ class Execution:
     def _contribution(self, step: Step, site: AdapterSite) -> Contribution:
         """What a site adds; with a first pass over the kernel where the operation needs one."""
         operation = operation_named(site.operation)
-        factors = read_factors(self._inputs, site)
+        factors = self._factors.read(site)
         norms = None
         if operation.needs_norms:
             a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))

@@ -30,7 +30,7 @@ from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
 from lora_merge_cli.measurement import SiteStats, chunk_regions, site_stats
 from lora_merge_cli.plan import refuse_unscaled
-from lora_merge_cli.reading import read_factors
+from lora_merge_cli.reading import FactorReader
 from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
     AdapterRow,
@@ -372,7 +372,7 @@ def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, stats: bool) ->
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=site_stats(inputs.checkpoint, spec, site, read_factors(inputs, site)) if stats else None,
+        stats=site_stats(inputs.checkpoint, spec, site, FactorReader(inputs).read(site)) if stats else None,
         adapter=site.adapter,
         weight=site.weight,
     )

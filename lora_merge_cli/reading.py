@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import NonFiniteInput
-from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.lowrank import with_ones
 from lora_merge_cli.plan import Step
-from lora_merge_cli.records import AdapterSite, Array, Region, Replacement, TensorSpec, full_region, region_shape
+from lora_merge_cli.records import (
+    AdapterSite,
+    Array,
+    KeyPath,
+    Region,
+    Replacement,
+    TensorSpec,
+    full_region,
+    region_shape,
+)
+
+_LEAVES_KEPT = 4
 
 
 def read_start(inputs: Inputs, step: Step, region: Region) -> Array:
@@ -68,22 +80,27 @@ def _finite(inputs: Inputs, found: Replacement, region: Region) -> Array:
     return values
 
 
-def read_factors(inputs: Inputs, site: AdapterSite) -> dict[str, Array]:
-    """A site's factors by role, as its equation takes them, in the stored dtypes; see `AdapterSite.factors`.
+class FactorReader:
+    """Reads adapters' factors. The last few leaves are kept: experts share theirs, each taking a part."""
 
-    Raises:
-        CorruptCheckpoint: One cannot be read.
-    """
-    source = inputs.source(site.adapter)
-    leaves = {
-        path: read_whole(source, source.index().tensors[path]) for path in {f.path for f in site.factors.values()}
-    }
-    return with_ones({role: factor.of(leaves[factor.path]) for role, factor in site.factors.items()})
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self.leaf = functools.lru_cache(_LEAVES_KEPT)(self._read)
+        """An adapter's whole leaf, by the adapter's number and path."""
 
+    def read(self, site: AdapterSite) -> dict[str, Array]:
+        """A site's factors by role, as its equation takes them, in the stored dtypes; see `AdapterSite.factors`.
 
-def read_whole(source: Source, spec: TensorSpec) -> Array:
-    """All values of a leaf."""
-    return source.read(spec.path, full_region(spec.shape))
+        Raises:
+            CorruptCheckpoint: One cannot be read.
+        """
+        return with_ones(
+            {role: factor.of(self.leaf(site.adapter, factor.path)) for role, factor in site.factors.items()}
+        )
+
+    def _read(self, adapter: int | None, path: KeyPath) -> Array:
+        source = self._inputs.source(adapter)
+        return source.read(path, full_region(source.index().tensors[path].shape))
 
 
 def nbytes(region: Region, spec: TensorSpec) -> int:

@@ -98,6 +98,7 @@ def merged(**changes: Any) -> MergeReport:
         sites=judge.sites,
         status="merged",
         output="/out/5",
+        output_format="orbax",
         copied=(LeafRecord("img/kernel", "copied", "float32", 2048),),
         dropped=(DroppedRecord("layers/q/lora_a", "merged into its kernel"),),
         output_bytes=4096,
@@ -253,8 +254,8 @@ def test_many_kernels_show_the_worst_of_them() -> None:
     shares = [number / 100 for number in range(70)]
     sites = tuple(site(f"{share}", proof=ProofRecord(share, 0, None, None, None)) for share in shares)
     html = to_html(verified(sites=sites, groups=()))
-    assert charts(html)["shares"]["data"][0]["x"] == shares[:9:-1]
-    assert "The 60 worst of 70." in html
+    assert charts(html)["shares"]["data"][0]["x"] == shares[:55:-1]
+    assert "The 14 worst of 70." in html
 
 
 @pytest.mark.parametrize(("looked_at", "said"), [((0, 2), True), ((0, 1, 2), False)])

@@ -14,7 +14,7 @@ from lora_merge_cli.report import LayerRecord, ModelReport
 from lora_merge_cli.reports.escaping import visible
 from lora_merge_cli.reports.kinds import least
 from lora_merge_cli.reports.layer_rows import LayerRow, LayerRows, layer_rows
-from lora_merge_cli.reports.words import figure, survival_for
+from lora_merge_cli.reports.words import beside, figure, survival_for
 
 _COLUMNS = 24
 _LABEL = 12
@@ -68,9 +68,11 @@ def _print_expert(console: Console, report: ModelReport, group: str, found: Laye
         return None if layer.relative_norm is None else layer.relative_norm / largest
 
     columns = _columns(layers)
+    # The one part that torch's names tell of is all of the model.
+    name = "" if beside(report) else f"[bold]{escape(visible(group))}[/bold], "
     console.print()
     console.print(
-        f"[bold]{escape(visible(group))}[/bold], layers {layers[0]}-{layers[-1]}: |d|/|w| up to {figure(largest)}; "
+        f"{name}layers {layers[0]}-{layers[-1]}: |d|/|w| up to {figure(largest)}; "
         f"gain in {report.serving_dtype}, least",
         highlight=False,
     )

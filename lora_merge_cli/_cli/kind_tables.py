@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_merge_cli._cli.console import shown
-from lora_merge_cli.reports.kinds import MOST_KINDS, Kind
+from lora_merge_cli.reports.kinds import MOST_KINDS, Kind, source_pattern
 
 if TYPE_CHECKING:
     from lora_merge_cli.inspection import SiteRow
@@ -54,7 +54,7 @@ def print_scale_sources(console: Console, sites: Sequence[SiteRow] | Sequence[Si
             return site.group
         return "scale" if adapters == 1 else f"scale of adapter {site.adapter + 1}"
 
-    lines = list(dict.fromkeys((owner(site), site.scale_source) for site in sites))
+    lines = list(dict.fromkeys((owner(site), source_pattern(site.scale_source)) for site in sites))
     for name, source in lines[:MOST_SOURCES]:
         console.print(f"[dim]{shown(name)}: {shown(source)}[/dim]")
     if len(lines) > MOST_SOURCES:

@@ -11,7 +11,7 @@ from lora_merge_cli._cli.console import plain_table, print_lines, shown
 from lora_merge_cli._cli.kind_tables import MOST_SOURCES, print_adapter_heading, with_rest
 from lora_merge_cli.inspection import AdapterRecord
 from lora_merge_cli.records import AdapterRow, Scale
-from lora_merge_cli.reports.kinds import MOST_KINDS, kinds
+from lora_merge_cli.reports.kinds import MOST_KINDS, kinds, source_pattern
 from lora_merge_cli.reports.words import byte_size, counted, quantity
 
 
@@ -53,7 +53,7 @@ def _print_targets(console: Console, adapter: AdapterRecord) -> None:
     if adapter.rows:
         console.print()
         console.print(_targets(adapter))
-        sources = list(dict.fromkeys(row.scale.source for row in adapter.rows))
+        sources = list(dict.fromkeys(source_pattern(row.scale.source) for row in adapter.rows))
         for source in sources[:MOST_SOURCES]:
             console.print(f"[dim]scale: {shown(source)}[/dim]")
         if len(sources) > MOST_SOURCES:
@@ -71,8 +71,8 @@ def _targets(adapter: AdapterRecord) -> Table:
     return with_rest(table, rows)
 
 
-def _likeness(row: AdapterRow) -> tuple[int, Scale, tuple[int, int]]:
-    return row.rank, row.scale, row.shape
+def _likeness(row: AdapterRow) -> tuple[object, ...]:
+    return row.rank, row.scale.value, source_pattern(row.scale.source), row.shape
 
 
 def _scale(scale: Scale) -> str:

@@ -30,7 +30,9 @@ def print_verification(report: VerifyReport) -> None:
     merged = next((source.path for source in report.sources if source.role == "merged"), "the result")
     name = model_name(report)
     verdict = "[bold red]NOT verified[/bold red]" if report.failed else "[bold green]verified[/bold green]"
-    console.print(f"{verdict}  {f'{escape(name)}, ' if name else ''}{adapters_in_words(report)}: {tally(report.checks)}")
+    console.print(
+        f"{verdict}  {f'{escape(name)}, ' if name else ''}{adapters_in_words(report)}: {tally(report.checks)}"
+    )
     console.print(
         f"[bold]{escape(merged)}[/bold]  in {report.seconds or 0:.1f} s, peak {byte_size(report.peak_rss_bytes or 0)}",
         overflow="fold",

@@ -54,17 +54,16 @@ def print_inspection(found: Inspection) -> None:
 def _print_sites(console: Console, found: Inspection) -> None:
     by_kind = len(found.sites) > MANY_SITES
     table_of = _kinds_table if by_kind else _sites_table
-    console.print()
     if len(found.adapters) < 2:
+        console.print()
         console.print(table_of(found.sites))
     for number, adapter in enumerate(found.adapters if len(found.adapters) > 1 else ()):
+        console.print()
         print_adapter_heading(console, number + 1, adapter.path, adapter.weight)
         console.print(table_of([site for site in found.sites if site.adapter == number]))
     if by_kind:
         if any(site.stats for site in found.sites):
-            console.print(
-                "[dim]|d|/|w|: the median of a row's sites; worst: the largest; eff.rank: the least[/dim]"
-            )
+            console.print("[dim]|d|/|w|: the median of a row's sites; worst: the largest; eff.rank: the least[/dim]")
         print_by_kind_hint(console, "--json")
     print_scale_sources(console, found.sites, len(found.adapters))
     console.print()

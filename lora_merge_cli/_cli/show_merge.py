@@ -54,8 +54,8 @@ def _print_result(report: MergeReport) -> None:
     """A finished merge for people."""
     console = stdout_console()
     verdict = "[bold red]rejected[/bold red]" if report.failed else "[bold green]merged[/bold green]"
-    name = model_name(report)
-    console.print(f"{verdict} {adapters_in_words(report)}{f' of {escape(name)}' if name else ''}")
+    name, joint = model_name(report), "into" if beside(report) else "of"
+    console.print(f"{verdict} {adapters_in_words(report)}{f' {joint} {escape(name)}' if name else ''}")
     _print_by_adapter(console, report, _merged_sites)
     if report.sites:
         _print_legend(console, report)
@@ -81,9 +81,8 @@ def _print_by_adapter(
     """A table of all sites, or one for each of several adapters; by kind where there are many sites."""
     adapters = beside(report)
     by_kind = len(report.sites) > MANY_SITES
-    if len(adapters) < 2:
-        if report.sites:
-            console.print(table_of(report.sites, report, by_kind))
+    if len(adapters) < 2 and report.sites:
+        console.print(table_of(report.sites, report, by_kind))
     for number, source in enumerate(adapters if len(adapters) > 1 else ()):
         console.print()
         print_adapter_heading(console, number + 1, source.path, source.weight)
@@ -147,7 +146,7 @@ def _print_legend(console: Console, report: MergeReport) -> None:
     stored_as = ", ".join(sorted({site.dtype for site in report.sites}))
     both = stored_as if len(dtypes) == 1 else f"{stored_as} and in {report.serving_dtype}"
     if len(report.sites) > MANY_SITES:
-        console.print("[dim]|d|/|w|: the median of a row's sites; most: the largest; stored, served: the least[/dim]")
+        console.print("[dim]of a row: |d|/|w| the median, most the largest of them, stored, served the least[/dim]")
     console.print(
         f"[dim]stored, served: the share of each delta that an input which the adapter reacts to sees in {both}; "
         "1 is all[/dim]"

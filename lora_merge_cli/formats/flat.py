@@ -40,10 +40,10 @@ class FlatFile:
             raise CorruptCheckpoint("not a regular file", where=path)
         self.size = status.st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         descriptor = getattr(self, "_descriptor", None)
         if descriptor is not None:
-            os.close(descriptor)
+            close(descriptor)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill a buffer of bytes from `offset` on.

@@ -18,6 +18,7 @@ from lora_merge_cli.records import first_names
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ASSETS = "assets"
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|adapter_model[.-].*|adapters\.safetensors|pytorch_lora_weights\..*")

@@ -16,6 +16,7 @@ from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UsageError
 from lora_merge_cli.formats.flat import FlatFile
 from lora_merge_cli.formats.hf_dir import (
     ADAPTER_CONFIG,
+    ASSETS,
     CONFIG,
     companions,
     find_adapter,
@@ -36,7 +37,6 @@ INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 _ADAPTER = "adapter_model.safetensors"
 _OTHER_ADAPTER = "adapter_model.bin"
-_ASSETS = "assets"
 _SHARD = re.compile(rf".+-\d+-of-0*(\d+){re.escape(SUFFIX)}")
 _TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -177,9 +177,9 @@ def _open_directory(
         files = [choice.name]
     source = SafetensorsSource(directory, [directory / name for name in files], weight_map)
     # An OpenPI tree's assets are looked at and carried over as a whole; elsewhere such a folder is one like any other.
-    assets = directory / _ASSETS
+    assets = directory / ASSETS
     holds_tree = choice.name.startswith(f"{TREE_STEM}.") and assets.is_dir()
-    beside = (name for name in companions(directory, arrays) if not (holds_tree and name.startswith(f"{_ASSETS}/")))
+    beside = (name for name in companions(directory, arrays) if not (holds_tree and name.startswith(f"{ASSETS}/")))
     provenance = directory / PROVENANCE
     return Checkpoint(
         format=SafetensorsFormat.name,

@@ -14,6 +14,7 @@ from typing import Any
 from lora_merge_cli.errors import CorruptCheckpoint, UsageError
 from lora_merge_cli.formats.hf_dir import (
     ADAPTER_CONFIG,
+    ASSETS,
     CONFIG,
     companions,
     find_adapter,
@@ -93,28 +94,41 @@ def _open_directory(path: Path, given: Path) -> Checkpoint | None:
         notes = (f"{_MODEL_FILE}, and not the shards that {_SHARDS} names",) if both else ()
         return _checkpoint(given, path, TorchSource(path, [path / _MODEL_FILE]), [_MODEL_FILE], CONFIG, notes)
     if not (path / _SHARDS).is_file():
-        return None
+        return _open_sole_file(path, given)
     weight_map = _weight_map(path / _SHARDS)
     names = sorted(set(weight_map.values()))
     source = TorchSource(path, [path / name for name in names], weight_map)
     return _checkpoint(given, path, source, [*names, _SHARDS], CONFIG, ())
 
 
+def _open_sole_file(path: Path, given: Path) -> Checkpoint | None:
+    """A directory with ``model.pth``, or with one file of that suffix."""
+    names = sorted(entry.name for entry in path.glob("*.pth") if entry.is_file())
+    name = _OUTPUT_FILE if _OUTPUT_FILE in names else names[0] if len(names) == 1 else None
+    if name is None or any(path.glob("*.safetensors")):
+        return None
+    return _checkpoint(given, path, TorchSource(path, [path / name]), [name], CONFIG, ())
+
+
 def _checkpoint(
     given: Path, directory: Path, source: TorchSource, arrays: Collection[str], config: str, notes: tuple[str, ...]
 ) -> Checkpoint:
     provenance = directory / PROVENANCE
+    # Assets of an OpenPI tree are looked at and carried over as a whole; elsewhere such a folder is one like any other.
+    holds_tree = _OUTPUT_FILE in arrays and (directory / ASSETS).is_dir()
+    beside = (name for name in companions(directory, arrays) if not (holds_tree and name.startswith(f"{ASSETS}/")))
     return Checkpoint(
         format=TorchFormat.name,
         given=given,
         source=source,
         directory=directory,
         item=None,
+        assets=directory / ASSETS if holds_tree else None,
         provenance=provenance if provenance.is_file() else None,
         left_out=left_out(directory, arrays),
         notes=notes,
         config=read_config(directory, config),
-        companions=companions(directory, arrays),
+        companions=tuple(beside),
     )
 
 

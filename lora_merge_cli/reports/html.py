@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,10 +19,27 @@ from lora_merge_cli.report import (
     MergeReport,
     ModelReport,
     SiteRecord,
+    SourceRecord,
     VerifyReport,
 )
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.words import byte_size, figure, short_scale, survival_for
+from lora_merge_cli.reports.kinds import MANY_SITES, Kind, largest, least, middle, site_kinds
+from lora_merge_cli.reports.words import (
+    adapter_mark,
+    beside,
+    brought,
+    byte_size,
+    counted,
+    figure,
+    gain_along_inputs,
+    short_scale,
+    source_names,
+    subject,
+    survival_for,
+    untouched,
+    weight_in_words,
+    why,
+)
 
 if TYPE_CHECKING:
     from lora_merge_cli.reports.charts import Chart
@@ -63,7 +83,8 @@ def to_html(report: MergeReport | VerifyReport | DiffReport) -> str:
     shared = {
         "report": report,
         "verdict": _VERDICTS[report.status],
-        "roles": _roles(report),
+        "names": _names(report),
+        "heading": "A against B" if isinstance(report, DiffReport) else subject(report),
         "charts": (),
         "plotly": "",
     }
@@ -88,6 +109,8 @@ def _environment() -> Environment:
         "shape": _shape,
         "pretty": _pretty,
         "kept_as": survival_for,
+        "adapter_mark": adapter_mark,
+        "why": why,
     }
     return environment
 
@@ -107,12 +130,60 @@ def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
         "measured": any(site.relative_norm is not None for site in report.sites),
         "min_gain": report.min_gain if isinstance(report, VerifyReport) else None,
         "dropped": _by_reason(report) if isinstance(report, MergeReport) else {},
+        "brought": brought(report.copied) if isinstance(report, MergeReport) else [],
+        "untouched": untouched(report.copied) if isinstance(report, MergeReport) else [],
+        "adapters": len(beside(report)),
+        "infinity": math.inf,
+        "kinds": list(map(_kind_row, site_kinds(report.sites), repeat(report)))
+        if len(report.sites) > MANY_SITES
+        else [],
     }
     if report.groups or any(site.layers or site.spectrum or site.proof for site in report.sites):
         from lora_merge_cli.reports.charts import model_charts
 
         context |= _drawn(model_charts(report))
     return context
+
+
+@dataclass(frozen=True)
+class _KindRow:
+    """Sites that are alike, as one row."""
+
+    name: str
+    count: int
+    layers: str
+    one: SiteRecord
+    dtypes: str
+    norm: float | None
+    norm_largest: float | None
+    max_abs: float | None
+    gains: tuple[float | None, float | None]
+    share: float | None
+    """The worst share of a bound; infinite where an entry is not finite."""
+
+
+def _dtypes(site: SiteRecord) -> str:
+    return site.dtype if site.dtype == site.source_dtype else f"{site.source_dtype} → {site.dtype}"
+
+
+def _kind_row(kind: Kind[SiteRecord], report: ModelReport) -> _KindRow:
+    sites = kind.members
+    shares = [math.inf if site.proof.worst_share is None else site.proof.worst_share for site in sites if site.proof]
+    return _KindRow(
+        name=kind.name,
+        count=len(sites),
+        layers=kind.layers,
+        one=sites[0],
+        dtypes=", ".join(dict.fromkeys(map(_dtypes, sites))),
+        norm=middle(site.relative_norm for site in sites),
+        norm_largest=largest(site.relative_norm for site in sites),
+        max_abs=largest(site.max_abs for site in sites),
+        gains=(
+            least(gain_along_inputs(site, site.dtype) for site in sites),
+            least(gain_along_inputs(site, report.serving_dtype) for site in sites),
+        ),
+        share=largest(shares),
+    )
 
 
 def _difference(report: DiffReport) -> dict[str, Any]:
@@ -149,8 +220,13 @@ def _tally(checks: Iterable[CheckRecord]) -> Iterator[tuple[str, int, str]]:
 
 
 def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
+    adapters = beside(report)
     experts = Counter(site.group for site in report.sites)
-    yield "adapters", str(len(report.sites)), ", ".join(f"{count} {group}" for group, count in experts.items())
+    by_expert = ", ".join(f"{count} {group}" for group, count in experts.items())
+    if adapters:
+        yield "sites", str(len(report.sites)), f"of {counted(len(adapters), 'adapter')}"
+    else:
+        yield "adapters", str(len(report.sites)), by_expert
     largest = max(report.sites, key=lambda site: site.relative_norm or 0, default=None)
     if largest is not None and largest.relative_norm is not None:
         yield "largest |delta| / |kernel|", figure(largest.relative_norm), largest.label
@@ -192,9 +268,10 @@ def _by_reason(report: MergeReport) -> Mapping[str, list[str]]:
     return reasons
 
 
-def _roles(report: MergeReport | VerifyReport | DiffReport) -> dict[str, str]:
-    names = {"a": "A", "b": "B"}
-    return {source.role: names.get(source.role, source.role) for source in report.sources}
+def _names(report: MergeReport | VerifyReport | DiffReport) -> list[tuple[str, SourceRecord, str | None]]:
+    """Each source with its name and, of an adapter, its weight."""
+    names = source_names(report.sources)
+    return [(name, source, weight_in_words(source)) for name, source in zip(names, report.sources, strict=True)]
 
 
 def _tolerance(report: DiffReport) -> Tile:

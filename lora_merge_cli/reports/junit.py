@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from lora_merge_cli.report import CheckRecord, DifferenceRecord, DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.report import CheckRecord, DifferenceRecord, DiffReport, MergeReport, ModelReport, VerifyReport
 from lora_merge_cli.reports.escaping import visible
+from lora_merge_cli.reports.words import adapters_in_words, brought, model_name, why
 
 _AGREEING = ("equal", "within")
 
@@ -34,7 +35,11 @@ def _cases(report: MergeReport | VerifyReport | DiffReport) -> Iterator[TestCase
     elif isinstance(report, MergeReport) and not report.checks:
         yield _merge_case(report)
     else:
-        yield from (_check_case(check, report.model) for check in report.checks)
+        yield from (_check_case(check, _place(report)) for check in report.checks)
+
+
+def _place(report: ModelReport) -> str:
+    return model_name(report) or report.dialect
 
 
 def _check_case(check: CheckRecord, model: str) -> TestCase:
@@ -52,10 +57,15 @@ def _check_case(check: CheckRecord, model: str) -> TestCase:
 
 
 def _merge_case(report: MergeReport) -> TestCase:
-    case = _case("merge", report.model)
+    case = _case("merge", _place(report))
     warnings = (f"warning: {visible(warning)}" for warning in report.warnings)
-    case.system_out = "\n".join((f"{report.status}, adapters: {len(report.sites)}", *warnings))
+    case.system_out = "\n".join((f"{report.status}: {adapters_in_words(report)}", *_leaves(report), *warnings))
     return case
+
+
+def _leaves(report: MergeReport) -> Iterator[str]:
+    for leaf in brought(report.copied):
+        yield visible(f"{leaf.origin}: {leaf.path}, {why(leaf)}")
 
 
 def _prefix_cases(report: DiffReport) -> Iterator[TestCase]:

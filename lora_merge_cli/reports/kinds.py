@@ -65,8 +65,13 @@ def site_kinds(sites: Iterable[S]) -> list[Kind[S]]:
     return kinds(
         sites,
         lambda site: site.label,
-        lambda site: (site.group, site.rank, site.scale, site.scale_source, site.adapter, site.weight),
+        lambda site: (site.group, site.rank, site.scale, source_pattern(site.scale_source), site.adapter, site.weight),
     )
+
+
+def source_pattern(source: str) -> str:
+    """Who says what a scale is, without the layer's number where it is said of each layer by name."""
+    return re.sub(r"'[^']*'", lambda quoted: re.sub(r"\d+", "*", quoted.group()), source)
 
 
 def pattern(name: str) -> str:

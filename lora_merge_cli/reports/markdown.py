@@ -6,6 +6,7 @@ from lora_merge_cli.report import DiffReport, MergeReport, SourceRecord, VerifyR
 from lora_merge_cli.reports import markdown_diff, markdown_model
 from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.markdown_blocks import bullets
+from lora_merge_cli.reports.words import source_names, weight_in_words
 
 
 def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool = True) -> str:
@@ -19,7 +20,7 @@ def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool
         findings, rest = markdown_diff.findings(report), markdown_diff.tables(report)
     else:
         findings, rest = markdown_model.findings(report), markdown_model.tables(report)
-    blocks = [headline(report), ", ".join(map(_source, report.sources)), *findings]
+    blocks = [headline(report), ", ".join(map(_source, source_names(report.sources), report.sources)), *findings]
     if report.warnings:
         blocks += ["## Warnings", bullets(f"**{prose(warning)}**" for warning in report.warnings)]
     if report.notes:
@@ -35,5 +36,6 @@ def headline(report: MergeReport | VerifyReport | DiffReport) -> str:
     return f"# {verdict}"
 
 
-def _source(source: SourceRecord) -> str:
-    return f"{source.role.upper() if source.role in ('a', 'b') else source.role} {code(source.path)}"
+def _source(name: str, source: SourceRecord) -> str:
+    weight = weight_in_words(source)
+    return f"{name} {code(source.path)}{f' at {weight}' if weight else ''}"

@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from lora_merge_cli.report import CheckRecord, MergeReport, SiteRecord, VerifyReport
+from lora_merge_cli.report import CheckRecord, LeafRecord, MergeReport, SiteRecord, VerifyReport
 from lora_merge_cli.reports.escaping import code, prose
-from lora_merge_cli.reports.markdown_blocks import bullets, counted, details, folded_table, table
-from lora_merge_cli.reports.words import byte_size, figure, short_scale, survival_for
+from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, least, middle, site_kinds
+from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table, table
+from lora_merge_cli.reports.words import (
+    adapter_mark,
+    adapters_in_words,
+    beside,
+    brought,
+    byte_size,
+    counted,
+    figure,
+    gain_along_inputs,
+    model_name,
+    short_scale,
+    source_names,
+    untouched,
+    weight_in_words,
+    why,
+)
 
 _MANY = 40
 _FIRST_KEYS = 3
 
+_BY_KIND = "Sites that are alike share a row; the JSON and HTML reports have each of them."
 _GAIN = (
     "Gain is along the adapter's inputs: 1 keeps the fine-tune, less shrinks it as a smaller scale would. "
     "{served} is what servers cast to."
@@ -21,13 +38,16 @@ _GAIN = (
 
 def verdict(report: MergeReport | VerifyReport) -> str:
     """The outcome in a few words."""
+    name = model_name(report)
     if isinstance(report, VerifyReport):
         outcome = "verified" if report.status == "passed" else "NOT verified"
+        if beside(report):
+            outcome = f"{adapters_in_words(report)} {outcome}"
     elif report.status == "rejected":
         outcome = "merge REJECTED"
     else:
-        outcome = f"{counted(len(report.sites), 'adapter')} {report.status}{' and verified' if report.checks else ''}"
-    return ", ".join([f"{prose(report.model)}: {outcome}", *_tally(report.checks)])
+        outcome = f"{adapters_in_words(report)} {report.status}{' and verified' if report.checks else ''}"
+    return ", ".join([f"{prose(name)}: {outcome}" if name else outcome, *_tally(report.checks)])
 
 
 def _tally(checks: Sequence[CheckRecord]) -> Iterator[str]:
@@ -72,39 +92,96 @@ def _keys(check: CheckRecord) -> str:
 def tables(report: MergeReport | VerifyReport) -> Iterator[str]:
     """The sites, and what is folded away: the other leaves, the inputs, and how the result came about."""
     yield "## Sites"
-    if isinstance(report, VerifyReport):
-        yield _verified_sites(report)
-    else:
-        yield _merged_sites(report)
+    header, rows = (_by_kind if len(report.sites) > MANY_SITES else _site_by_site)(report)
+    yield folded_table("rows" if len(report.sites) > MANY_SITES else "sites", header, rows[:MOST_KINDS])
+    if len(report.sites) > MANY_SITES:
+        yield _BY_KIND
+        if len(rows) > MOST_KINDS:
+            yield f"And {len(rows) - MOST_KINDS} more rows."
     if report.status != "planned":
         yield _GAIN.format(served=prose(report.serving_dtype))
+        if len(beside(report)) > 1:
+            yield "The figures of a kernel are of all adapters on it together."
     if isinstance(report, MergeReport):
+        yield from _brought(report)
         yield _leaves(report)
     yield details("Inputs and provenance", _inputs(report), bullets(_provenance(report)))
 
 
-def _verified_sites(report: VerifyReport) -> str:
-    header = ["site", "rank", "scale", "|delta|/|kernel|", "worst share of its bound", "forward error"]
-    rows = [
-        [code(site.label), str(site.rank), short_scale(site), *_proof(site), *_gains(site, report)]
-        for site in report.sites
-    ]
-    return folded_table("sites", [*header, "gain stored", "gain served"], rows)
+def _site_by_site(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[str]]]:
+    if isinstance(report, VerifyReport):
+        header = ["site", "rank", "scale", "|delta|/|kernel|", "worst share of its bound", "forward error"]
+        header += ["gain stored", "gain served"]
+        rows = [
+            [code(site.label), str(site.rank), short_scale(site), *_proof(site), *_gains(site, report)]
+            for site in report.sites
+        ]
+    else:
+        header = ["target", "rank", "scale", "equation", "stored as"]
+        rows = [
+            [code(site.target), str(site.rank), short_scale(site), code(site.equation), prose(site.dtype)]
+            for site in report.sites
+        ]
+        if report.status != "planned":
+            header += ["|delta|/|kernel|", "max abs", "non-finite", *_gain_header(report)]
+            for row, site in zip(rows, report.sites, strict=True):
+                row += [figure(site.relative_norm), figure(site.max_abs), str(site.non_finite), *_gains(site, report)]
+    return _with_adapters(report, header, rows, report.sites)
 
 
-def _merged_sites(report: MergeReport) -> str:
-    header = ["target", "rank", "scale", "equation", "stored as"]
+def _by_kind(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[str]]]:
+    found = site_kinds(report.sites)
+    header = ["sites", "count", "layers", "rank", "scale"]
     rows = [
-        [code(site.target), str(site.rank), short_scale(site), code(site.equation), prose(site.dtype)]
-        for site in report.sites
+        [code(kind.name), str(len(kind.members)), kind.layers, str(kind.members[0].rank), short_scale(kind.members[0])]
+        for kind in found
     ]
-    if report.status != "planned":
-        stored = " / ".join(sorted({prose(site.dtype) for site in report.sites}))
-        header += ["|delta|/|kernel|", "max abs", "non-finite"]
-        header += [f"gain in {stored}", f"gain in {prose(report.serving_dtype)}"]
-        for row, site in zip(rows, report.sites, strict=True):
-            row += [figure(site.relative_norm), figure(site.max_abs), str(site.non_finite), *_gains(site, report)]
-    return folded_table("sites", header, rows)
+    if report.status == "planned":
+        header += ["equation", "stored as"]
+        for row, kind in zip(rows, found, strict=True):
+            row += [", ".join(map(code, dict.fromkeys(site.equation for site in kind.members)))]
+            row += [", ".join(map(prose, dict.fromkeys(site.dtype for site in kind.members)))]
+    else:
+        header += ["|delta|/|kernel|, median", "largest", "max abs"]
+        if isinstance(report, VerifyReport):
+            header += ["worst share of its bound", "forward error"]
+        header += [f"least {name}" for name in _gain_header(report)]
+        for row, kind in zip(rows, found, strict=True):
+            row.extend(_kind_figures(kind.members, report))
+    return _with_adapters(report, header, rows, [kind.members[0] for kind in found])
+
+
+def _kind_figures(sites: Sequence[SiteRecord], report: MergeReport | VerifyReport) -> Iterator[str]:
+    norms = [site.relative_norm for site in sites]
+    yield figure(middle(norms))
+    yield figure(largest(norms))
+    yield figure(largest(site.max_abs for site in sites))
+    if isinstance(report, VerifyReport):
+        yield _worst_share(sites)
+        yield figure(largest(site.proof.forward_error for site in sites if site.proof))
+    yield figure(least(gain_along_inputs(site, site.dtype) for site in sites))
+    yield figure(least(gain_along_inputs(site, report.serving_dtype) for site in sites))
+
+
+def _worst_share(sites: Sequence[SiteRecord]) -> str:
+    shares = [site.proof.worst_share for site in sites if site.proof]
+    # A proof without a share is of an entry that is not finite, which is worse than any share.
+    return "not finite" if None in shares else figure(largest(shares))
+
+
+def _gain_header(report: MergeReport | VerifyReport) -> list[str]:
+    stored = " / ".join(sorted({prose(site.dtype) for site in report.sites}))
+    return [f"gain in {stored}", f"gain in {prose(report.serving_dtype)}"]
+
+
+def _with_adapters(
+    report: MergeReport | VerifyReport, header: list[str], rows: list[list[str]], sites: Sequence[SiteRecord]
+) -> tuple[list[str], list[list[str]]]:
+    """The table with a column that says which adapter a row is of, if there are several."""
+    if len(beside(report)) < 2:
+        return header, rows
+    marked = [[row[0], prose(adapter_mark(site)), *row[1:]] for row, site in zip(rows, sites, strict=True)]
+    return [header[0], "adapter", *header[1:]], marked
 
 
 def _proof(site: SiteRecord) -> tuple[str, ...]:
@@ -114,14 +191,25 @@ def _proof(site: SiteRecord) -> tuple[str, ...]:
 
 def _gains(site: SiteRecord, report: MergeReport | VerifyReport) -> Iterator[str]:
     for dtype in (site.dtype, report.serving_dtype):
-        survival = survival_for(site, dtype)
-        yield figure(survival.gain_along_inputs if survival else None)
+        yield figure(gain_along_inputs(site, dtype))
+
+
+def _brought(report: MergeReport) -> Iterator[str]:
+    leaves = brought(report.copied)
+    if leaves:
+        yield "## Replaced and created leaves"
+        rows = [
+            [code(leaf.path), prose(leaf.origin), prose(why(leaf)), prose(leaf.dtype), byte_size(leaf.nbytes)]
+            for leaf in leaves
+        ]
+        yield folded_table("leaves", ["leaf", "origin", "why", "stored as", "size"], rows)
 
 
 def _leaves(report: MergeReport) -> str:
-    origins = Counter(leaf.origin for leaf in report.copied)
+    kept, others = untouched(report.copied), brought(report.copied)
+    origins = Counter(leaf.origin for leaf in kept)
     parts = ", ".join(f"{count} {prose(origin)}" for origin, count in sorted(origins.items())) or "none"
-    lines = [f"untouched by adapters: {parts} ({byte_size(sum(leaf.nbytes for leaf in report.copied))})"]
+    lines = [f"untouched by adapters: {parts} ({byte_size(sum(leaf.nbytes for leaf in kept))})"]
     reasons: dict[str, list[str]] = {}
     for leaf in report.dropped:
         reasons.setdefault(leaf.reason, []).append(leaf.path)
@@ -129,13 +217,25 @@ def _leaves(report: MergeReport) -> str:
         more = [f"and {len(paths) - _MANY} more"] if len(paths) > _MANY else []
         shown = "".join(f"\n  - {line}" for line in [*map(code, paths[:_MANY]), *more])
         lines.append(f"dropped, {prose(reason)}: {len(paths)}{shown}")
-    return details(f"Leaves: {len(report.copied)} untouched by adapters, {len(report.dropped)} dropped", bullets(lines))
+    summary = [f"{len(kept)} untouched by adapters", *(_count_origins(others)), f"{len(report.dropped)} dropped"]
+    return details(f"Leaves: {', '.join(summary)}", bullets(lines))
+
+
+def _count_origins(leaves: Sequence[LeafRecord]) -> Iterator[str]:
+    for origin, count in sorted(Counter(leaf.origin for leaf in leaves).items()):
+        yield f"{count} {origin}"
 
 
 def _inputs(report: MergeReport | VerifyReport) -> str:
     rows = [
-        [source.role, code(source.path), prose(source.format), _step(source.step), code(source.fingerprint[:19])]
-        for source in report.sources
+        [
+            f"{name}, {weight}" if (weight := weight_in_words(source)) else name,
+            code(source.path),
+            prose(source.format),
+            _step(source.step),
+            code(source.fingerprint[:19]),
+        ]
+        for name, source in zip(source_names(report.sources), report.sources, strict=True)
     ]
     return table(["input", "path", "format", "step", "fingerprint"], rows)
 

@@ -108,7 +108,7 @@ def weight_in_words(source: SourceRecord) -> str | None:
 def adapter_mark(site: SiteRecord) -> str:
     """Which of several adapters a site is of, from 1, and its weight where that is not 1."""
     number = "-" if site.adapter is None else str(site.adapter + 1)
-    return number if site.weight == 1 else f"{number} @{site.weight:g}"
+    return number if site.weight == 1 else f"{number}, weight {site.weight:g}"
 
 
 def brought(leaves: Iterable[LeafRecord]) -> list[LeafRecord]:

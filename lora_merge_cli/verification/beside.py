@@ -23,6 +23,8 @@ def check_assets_of(
     """What serving needs beside the arrays: present, sane, and what the merge makes of the checkpoint's."""
     if _CONFIG in checkpoint.companions or _CONFIG in merged.companions:
         return _companions(merged, checkpoint, expectation)
+    if merged.directory.is_file() and checkpoint.assets is not None:
+        return CheckRecord("assets", "warn", "the result is one file: the assets that a server needs are elsewhere")
     return assets(merged, checkpoint, summary)
 
 
@@ -59,8 +61,6 @@ def assets(merged: Checkpoint, checkpoint: Checkpoint, summary: ModelSummary) ->
     """What serving needs beside the parameters: present, finite, sane, and the checkpoint's."""
     if merged.assets is None and checkpoint.assets is None and (merged.item is None or summary.item is None):
         return CheckRecord("assets", "skip", "neither the checkpoint nor the result has assets")
-    if merged.directory.is_file():
-        return CheckRecord("assets", "warn", "the result is one file: the assets that a server needs are elsewhere")
     after = check_assets(merged.assets, quantiles=summary.needs_quantiles)
     before = check_assets(checkpoint.assets, quantiles=summary.needs_quantiles)
     old = {_without_folder(problem, checkpoint.assets) for problem in before.problems}

@@ -140,6 +140,8 @@ class Examination:
         self._terms, self._sample = terms, sample
         self._judged = JudgedSource(merged.source)
         self._listener = listener or Silent()
+        # Experts share their leaves, each taking a part.
+        self._leaf = functools.lru_cache(4)(self._read_leaf)
         self.findings = Findings()
 
     def run(self, expectation: Expectation) -> Findings:
@@ -347,9 +349,13 @@ class Examination:
 
     def _factor(self, site: AdapterSite, factor: Factor) -> tuple[Array, str]:
         """What a site takes of an adapter's leaf, and the digest of the leaf."""
-        source = self._inputs.source(site.adapter)
-        spec = source.index().tensors[factor.path]
-        values = source.read(factor.path, full_region(spec.shape))
+        values, digest = self._leaf(site.adapter, factor.path)
+        return factor.of(values), digest
+
+    def _read_leaf(self, adapter: int | None, path: KeyPath) -> tuple[Array, str]:
+        source = self._inputs.source(adapter)
+        spec = source.index().tensors[path]
+        values = source.read(path, full_region(spec.shape))
         bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
         if bad:
             raise NonFiniteInput(
@@ -358,7 +364,7 @@ class Examination:
                 expected="finite values",
                 found=f"{bad} of {spec.size} entries NaN or Inf",
             )
-        return factor.of(values), leaf_digest(spec, values)
+        return values, leaf_digest(spec, values)
 
     def _note_frozen(self, leaf: ExpectedLeaf, frozen: bool) -> None:
         if leaf.base is not None:

@@ -14,6 +14,7 @@ from lora_merge_cli.reports.charts.heatmaps import heatmaps
 from lora_merge_cli.reports.charts.kernels import kernel_errors
 from lora_merge_cli.reports.charts.leaves import farthest_leaves
 from lora_merge_cli.reports.charts.spectra import spectra
+from lora_merge_cli.reports.words import beside
 
 __all__ = ["Chart", "diff_charts", "model_charts", "plotly_script"]
 
@@ -27,8 +28,10 @@ def plotly_script() -> str:
 def model_charts(report: ModelReport) -> tuple[Chart, ...]:
     """The charts of a merge or of a verification; none of what was not measured."""
     experts: dict[str, list[SiteRecord]] = {}
+    # The one part that torch's names tell of is all of the model.
+    whole = bool(beside(report)) and len({site.group for site in report.sites}) == 1
     for site in report.sites:
-        experts.setdefault(site.group, []).append(site)
+        experts.setdefault("" if whole else site.group, []).append(site)
     return (
         *heatmaps(report, experts),
         *spectra(experts),

@@ -7,22 +7,24 @@ from collections.abc import Iterator, Sequence
 
 from lora_merge_cli.report import SiteRecord
 from lora_merge_cli.reports.charts.base import THEMES, TITLE_FONT, Chart, row_ticks, safe
-from lora_merge_cli.reports.charts.tracks import MOST_BARS, on_tracks, track_bars
+from lora_merge_cli.reports.charts.tracks import on_tracks, track_bars
+from lora_merge_cli.reports.kinds import MANY_SITES
 from lora_merge_cli.reports.words import figure
 
 _ROW = 25
 _EDGE = 1.25
+_WORST = 14
 
 
 def kernel_errors(sites: Sequence[SiteRecord]) -> Iterator[Chart]:
     """The worst entry of each kernel as a share of its bound, if any was judged."""
-    judged = [(site, _share(site)) for site in sites if site.proof is not None]
+    judged = [(site, _share(site)) for site in _kernels(sites) if site.proof is not None]
     if not judged:
         return
     caption = "The worst entry of each kernel as a share of what rounding allows it. Right up to 1, the line."
     shown = judged
-    if len(judged) > MOST_BARS:
-        shown = sorted(judged, key=lambda found: -found[1])[:MOST_BARS]
+    if len(judged) > MANY_SITES:
+        shown = sorted(judged, key=lambda found: -found[1])[:_WORST]
         caption += f" The {len(shown)} worst of {len(judged)}."
     words = [_share_in_words(share) for _, share in shown]
     bars, layout = track_bars([share for _, share in shown], _EDGE, words, row=_ROW)
@@ -55,6 +57,15 @@ def kernel_errors(sites: Sequence[SiteRecord]) -> Iterator[Chart]:
         ["share of its bound"],
         [(site.label, [word]) for (site, _), word in zip(shown, words, strict=True)],
     )
+
+
+def _kernels(sites: Sequence[SiteRecord]) -> Iterator[SiteRecord]:
+    """A site for each kernel: several adapters on one share its error."""
+    seen: set[str] = set()
+    for site in sites:
+        if site.adapter is None or site.target not in seen:
+            seen.add(site.target)
+            yield site
 
 
 def _share(site: SiteRecord) -> float:

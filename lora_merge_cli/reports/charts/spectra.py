@@ -75,7 +75,7 @@ def _spectrum(name: str, expert: str, sites: Sequence[SiteRecord], modules: Sequ
         name,
         "Singular values of the deltas",
         expert,
-        "One line for each adapter. A line that falls early is of an adapter that uses less than its rank.",
+        f"One line for each {'adapter' if sites[0].adapter is None else 'site'}. A line that falls early is of an adapter that uses less than its rank.",
         figure_,
         {theme: ({"line.color": chosen, "marker.color": chosen}, {}) for theme, chosen in colours.items()},
         [str(number) for number in range(1, longest + 1)],
