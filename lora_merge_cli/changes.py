@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.dtypes import FLOAT32, is_float
-from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint
+from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint, UsageError
 from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.options import MergeOptions, cast_dtype
@@ -89,10 +89,13 @@ def leaf_changes(
 
     Raises:
         ShapeMismatch: A replacement does not fit its leaf.
+        UsageError: Of tensors that an adapter resized, some are left out.
         UnsupportedCheckpoint: Weights and replacements that have no meaning together.
     """
     index = inputs.checkpoint.source.index()
     created = {leaf.path: leaf.source for leaf in survey.created}
+    for found in selection.excluded_replacements:
+        _refuse_left_out_size(inputs, found)
     brings: dict[KeyPath, list[Replacement]] = {}
     for found in selection.replacements:
         weighed = with_fields(found, weight=found.weight * options.multiplier)
@@ -151,7 +154,13 @@ def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> T
     grown = spec.shape[:1] > before.shape[:1] or spec.shape[:1] < before.shape[:1]
     fits = spec.shape[1:] == before.shape[1:] and (found.rows is not None or found.weight == 1 or not grown)
     if not fits or len(spec.shape) != len(before.shape):
-        raise ShapeMismatch("a replacement that does not fit", where=where, expected=before.shape, found=spec.shape)
+        raise ShapeMismatch(
+            "a replacement that does not fit",
+            where=where,
+            expected=before.shape,
+            found=spec.shape,
+            hint="a tensor of another size is taken at weight 1 or not at all" if found.weight != 1 else None,
+        )
     if found.rows is not None and (len(found.rows) != spec.shape[0] or max(found.rows, default=-1) >= before.shape[0]):
         raise ShapeMismatch(
             "token rows that do not fit",
@@ -160,6 +169,19 @@ def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> T
             found=f"{spec.shape[0]} rows, the last index {max(found.rows, default=-1)}",
         )
     return spec
+
+
+def _refuse_left_out_size(inputs: Inputs, found: Replacement) -> None:
+    spec = inputs.source(found.adapter).index().tensors[found.path]
+    before = inputs.checkpoint.source.index().tensors.get(found.target)
+    if before is not None and found.rows is None and spec.shape != before.shape:
+        raise UsageError(
+            "--include and --exclude leave out a tensor that has another size in the adapter",
+            where=display(found.target),
+            expected=spec.shape,
+            found=before.shape,
+            hint="take all resized tensors, or none of this adapter",
+        )
 
 
 def _refuse_meaningless(change: LeafChange, inputs: Inputs) -> None:

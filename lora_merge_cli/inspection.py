@@ -65,6 +65,8 @@ class InspectRequest:
     """What is known about alphas."""
     dialect: str | None = None
     """The adapters' dialect; detected if None."""
+    residual_base: bool = False
+    """Whether the checkpoint is the residual that an adapter's initialisation left of the model."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def inspect(request: InspectRequest) -> Inspection:
     )
     checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
-    survey = survey_inputs(inputs, request.scales)
+    survey = survey_inputs(inputs, request.scales, residual_base=request.residual_base)
     summary = dialect.summary(tree_of(checkpoint))
     groups = dialect.grouping(index, survey.sites)
     unscaled = [site for site in survey.sites if site.parameters.scale.value is None]

@@ -171,3 +171,34 @@ def test_an_output_inside_an_input(model: tuple[Path, Path]) -> None:
     base, adapter = model
     for place in (base / "out", adapter / "out.safetensors", base):
         assert run("merge", base, "--adapter", adapter, "-o", place, "--overwrite").code == 4
+
+
+def test_what_belongs_to_a_model_stays_with_it_in_orbax(model: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = model
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("merge", base, "--adapter", adapter, "-o", first, "--to", "orbax", "--verify").code == 0
+    opened = open_checkpoint(first)
+    assert opened.companions == ("config.json", "tokenizer/vocab.txt") and opened.left_out == {}
+    assert opened.config == {"model_type": "llama", "torch_dtype": "bfloat16"}
+    assert run("merge", first, "--adapter", f"{adapter}@0.5", "-o", second, "--to", "safetensors").code == 4
+    (first / "lora_merge.json").unlink()
+    assert run("merge", first, "--adapter", f"{adapter}@0.5", "-o", second, "--to", "safetensors").code == 0
+    assert (second / "tokenizer" / "vocab.txt").is_file() and (second / "config.json").is_file()
+
+
+def test_numbers_of_a_training_file_are_kept_in_orbax(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    kernel = torch.arange(16.0).reshape(4, 4)
+    state = {"model": {"a.weight": kernel}, "epoch": 3, "best": 0.5, "done": True, "none": None, "name": "run 7"}
+    torch.save(state, tmp_path / "base.pth")
+    torch.save({"a.lora.A.weight": kernel[:2] / 7, "a.lora.B.weight": kernel[:, :2] / 9}, tmp_path / "adapter.pth")
+    flags = ["merge", tmp_path / "base.pth", "--adapter", tmp_path / "adapter.pth"]
+    assert run(*flags, "-o", tmp_path / "kept.pth", "--verify").code == 0
+    kept = torch.load(tmp_path / "kept.pth", weights_only=True)
+    assert {key: kept[key] for key in state if key != "model"} == {key: state[key] for key in state if key != "model"}
+    torch.testing.assert_close(kept["model"]["a.weight"], kernel + kernel[:, :2] / 9 @ kernel[:2] / 7)
+    assert run(*flags, "-o", tmp_path / "orbax", "--to", "orbax").code == 0
+    source = open_checkpoint(tmp_path / "orbax").source
+    numbers = {key: source.read(key, ()).item() for key, spec in source.index().tensors.items() if not spec.shape}
+    assert numbers == {("epoch",): 3, ("best",): 0.5, ("done",): True}
+    assert {part.path: part.value for part in source.index().constants} == {("none",): None, ("name",): "run 7"}

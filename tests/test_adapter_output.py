@@ -131,7 +131,7 @@ def test_few_sites_have_a_row_each(case: Path) -> None:
 def test_a_merge_on_the_terminal(merged: tuple[Outcome, Path]) -> None:
     outcome, case = merged
     found = lines(outcome)
-    assert found[0].startswith("merged 66 sites of 2 adapters")
+    assert found[0].startswith("merged 66 sites and 1 leaf of 2 adapters")
     assert "unknown" not in outcome.stdout
     report = json.loads((case / "report.json").read_text())
     for number, (module, count) in enumerate([("self_attn.v_proj", 20), ("self_attn.q_proj", 6)]):
@@ -150,7 +150,7 @@ def test_a_merge_on_the_terminal(merged: tuple[Outcome, Path]) -> None:
 
 def test_a_merge_in_markdown(merged: tuple[Outcome, Path]) -> None:
     text = (merged[1] / "report.md").read_text()
-    assert "66 sites of 2 adapters merged" in text.splitlines()[0]
+    assert "66 sites and 1 leaf of 2 adapters merged" in text.splitlines()[0]
     assert f"adapter 2 `{merged[1] / 'noise'}` at weight 0.5" in text
     row = next(line for line in text.splitlines() if line.startswith("| `self_attn.q_proj` | 2, weight 0.5 |"))
     assert row.split(" | ")[2:4] == ["6", "3-8"]
@@ -182,7 +182,7 @@ def test_a_merge_in_html(merged: tuple[Outcome, Path]) -> None:
 
 def test_a_merge_in_junit(merged: tuple[Outcome, Path]) -> None:
     text = (merged[1] / "report.xml").read_text()
-    assert "merged: 66 sites of 2 adapters" in text
+    assert "merged: 66 sites and 1 leaf of 2 adapters" in text
     assert "replaced: lm_head.weight, modules_to_save" in text
 
 
@@ -214,6 +214,22 @@ def test_kinds(names: list[str], expected: list[tuple[str, str]]) -> None:
     found = kinds(names, str, lambda _: None)
     assert [(kind.counted, kind.layers) for kind in found] == expected
     assert [name for kind in found for name in kind.members] == names
+
+
+def test_too_many_kinds_share_rows_of_ranges(tmp_path: Path) -> None:
+    ranks = {name: 1 + number for number, name in enumerate(EVERYWHERE)}
+    found = lines(run("inspect", make_adapter(tmp_path / "adapter", *EVERYWHERE, rank_pattern=ranks)))
+    last = 4 / (3 * LAYERS)
+    assert f"self_attn.v_proj x20 0-19 3-{3 * LAYERS} {last:.4g}-1.333 8 x 8" in found
+    assert len([line for line in found if " x20 " in line]) == 3
+
+
+def test_whole_tensors_alone(case: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "head", head=True)
+    outcome = run("merge", case / "base", "--adapter", adapter, "-o", tmp_path / "out", "--report", tmp_path / "r.md")
+    assert lines(outcome)[0].startswith("merged 1 leaf of 1 adapter")
+    text = (tmp_path / "r.md").read_text()
+    assert "## Sites" not in text and "| `lm_head.weight` | replaced |" in text
 
 
 def test_layers() -> None:

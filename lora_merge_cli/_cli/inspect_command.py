@@ -31,6 +31,7 @@ def inspect(
     ] = False,
     step: options.Step = None,
     dialect: options.DialectOption = None,
+    residual_base: options.ResidualBase = False,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
     as_json: options.Json = False,
@@ -51,6 +52,7 @@ def inspect(
                 stats=stats,
                 scales=parse_scales(lora_alpha, rslora),
                 dialect=dialect,
+                residual_base=residual_base,
             )
         )
         if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +11,7 @@ from lora_merge_cli._cli.console import plain_table, print_lines, shown
 from lora_merge_cli._cli.kind_tables import MOST_SOURCES, print_adapter_heading, with_rest
 from lora_merge_cli.inspection import AdapterRecord
 from lora_merge_cli.records import AdapterRow, Scale
-from lora_merge_cli.reports.kinds import MOST_KINDS, kinds, source_pattern
+from lora_merge_cli.reports.kinds import MOST_KINDS, kinds, source_pattern, spread
 from lora_merge_cli.reports.words import byte_size, counted, quantity
 
 
@@ -34,7 +34,7 @@ def print_adapter(console: Console, adapter: AdapterRecord, number: int | None, 
     print_adapter_heading(console, number, adapter.path, adapter.weight)
     console.print(
         f"{shown(adapter.method)} ({adapter.format}, {adapter.dialect}), {quantity(adapter.parameters)} parameters in "
-        f"{adapter.leaves} keys, {byte_size(adapter.nbytes)}"
+        f"{counted(adapter.leaves, 'key')}, {byte_size(adapter.nbytes)}"
     )
     if adapter.matched is not None:
         style = "green" if adapter.matched == adapter.leaves else "bold red"
@@ -63,11 +63,11 @@ def _print_targets(console: Console, adapter: AdapterRecord) -> None:
 
 def _targets(adapter: AdapterRecord) -> Table:
     table = plain_table("targets", ">layers", ">rank", ">scale", ">out x in")
-    rows = kinds(adapter.rows, lambda row: row.module, _likeness)
+    rows = kinds(adapter.rows, lambda row: row.module, _likeness, lambda row: row.shape)
     for kind in rows[:MOST_KINDS]:
-        one = kind.members[0]
-        shape = " x ".join(map(str, one.shape))
-        table.add_row(shown(kind.counted), kind.layers, str(one.rank), _scale(one.scale), shape)
+        shape = " x ".join(map(str, kind.members[0].shape))
+        ranks = spread(row.rank for row in kind.members)
+        table.add_row(shown(kind.counted), kind.layers, ranks, _scale([row.scale for row in kind.members]), shape)
     return with_rest(table, rows)
 
 
@@ -75,7 +75,8 @@ def _likeness(row: AdapterRow) -> tuple[object, ...]:
     return row.rank, row.scale.value, source_pattern(row.scale.source), row.shape
 
 
-def _scale(scale: Scale) -> str:
-    if scale.value is None:
+def _scale(scales: Sequence[Scale]) -> str:
+    known = [scale.value for scale in scales if scale.value is not None]
+    if len(known) < len(scales):
         return "unknown"
-    return f"{scale.value:.4g}{'*' if scale.assumed else ''}"
+    return spread(known, "*" if any(scale.assumed for scale in scales) else "")

@@ -13,8 +13,8 @@ from lora_merge_cli._cli.console import plain_table, print_lines, shown, starred
 from lora_merge_cli._cli.kind_tables import print_adapter_heading, print_by_kind_hint, print_scale_sources, with_rest
 from lora_merge_cli._cli.show_adapter import print_adapter, print_adapter_alone
 from lora_merge_cli.inspection import BaseRow, Inspection, SiteRow
-from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, middle, site_kinds
-from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, figure, quantity
+from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, middle, rank_spread, scale_spread, site_kinds
+from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, counted, figure, quantity
 
 
 def print_inspection(found: Inspection) -> None:
@@ -27,7 +27,7 @@ def print_inspection(found: Inspection) -> None:
     console.print(escape(found.path), overflow="fold")
     dtypes = ", ".join(f"{byte_size(size)} {name}" for name, size in found.dtypes)
     console.print(
-        f"{quantity(found.parameters)} parameters in {found.leaves} leaves, {byte_size(found.nbytes)} ({dtypes})"
+        f"{quantity(found.parameters)} parameters in {counted(found.leaves, 'leaf', 'leaves')}, {byte_size(found.nbytes)} ({dtypes})"
     )
     inside = found.adapter_parameters - sum(adapter.parameters for adapter in found.adapters)
     if inside:
@@ -92,8 +92,7 @@ def _kinds_table(sites: Sequence[SiteRow]) -> Table:
     table = plain_table("sites", ">layers", ">rank", ">scale", *more)
     rows = site_kinds(sites)
     for kind in rows[:MOST_KINDS]:
-        one = kind.members[0]
-        row = [shown(kind.counted), kind.layers, str(one.rank), starred(one)]
+        row = [shown(kind.counted), kind.layers, rank_spread(kind.members), scale_spread(kind.members, "*")]
         stats = [site.stats for site in kind.members if site.stats is not None]
         if stats:
             row += [

@@ -15,12 +15,22 @@ from lora_merge_cli._cli.kind_tables import print_adapter_heading, print_by_kind
 from lora_merge_cli._cli.show_checks import print_checks
 from lora_merge_cli.records import first_names
 from lora_merge_cli.report import MergeReport, SiteRecord
-from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, least, middle, site_kinds
+from lora_merge_cli.reports.kinds import (
+    MANY_SITES,
+    MOST_KINDS,
+    largest,
+    least,
+    middle,
+    rank_spread,
+    scale_spread,
+    site_kinds,
+)
 from lora_merge_cli.reports.words import (
     adapters_in_words,
     beside,
     brought,
     byte_size,
+    counted,
     figure,
     gain_along_inputs,
     model_name,
@@ -104,9 +114,10 @@ def _planned_sites(sites: Sequence[SiteRecord], report: MergeReport, by_kind: bo
     table = plain_table("sites", ">layers", ">rank", ">scale", "stored as")
     rows = site_kinds(sites)
     for kind in rows[:MOST_KINDS]:
-        one = kind.members[0]
         kept = ", ".join(dict.fromkeys(map(stored, kind.members)))
-        table.add_row(shown(kind.counted), kind.layers, str(one.rank), starred(one), kept)
+        table.add_row(
+            shown(kind.counted), kind.layers, rank_spread(kind.members), scale_spread(kind.members, "*"), kept
+        )
     return with_rest(table, rows)
 
 
@@ -126,13 +137,12 @@ def _merged_sites(sites: Sequence[SiteRecord], report: MergeReport, by_kind: boo
     table = plain_table("sites", ">layers", ">rank", ">scale", ">|d|/|w|", ">most", ">stored", ">served")
     rows = site_kinds(sites)
     for kind in rows[:MOST_KINDS]:
-        one = kind.members[0]
         norms = [site.relative_norm for site in kind.members]
         table.add_row(
             shown(kind.counted),
             kind.layers,
-            str(one.rank),
-            starred(one),
+            rank_spread(kind.members),
+            scale_spread(kind.members, "*"),
             figure(middle(norms)),
             figure(largest(norms)),
             figure(least(gain_along_inputs(site, site.dtype) for site in kind.members)),
@@ -162,9 +172,8 @@ def _print_changes(console: Console, report: MergeReport) -> None:
     for leaf in brought(report.copied):
         reasons.setdefault((leaf.origin, why(leaf)), []).append(leaf.path)
     for (origin, reason), paths in sorted(reasons.items()):
-        leaves = "leaf" if len(paths) == 1 else "leaves"
         console.print(
-            f"[bold]{len(paths)} {leaves} {origin}[/bold]: {shown(reason)} ({shown(first_names(paths, 3))})",
+            f"[bold]{counted(len(paths), 'leaf', 'leaves')} {origin}[/bold]: {shown(reason)} ({shown(first_names(paths, 3))})",
             overflow="fold",
         )
     for reason, count in Counter(leaf.reason for leaf in report.dropped).items():

@@ -73,7 +73,7 @@ def _chosen(candidates: Sequence[_D], tree: Tree, name: str | None) -> _D | None
         if not named:
             raise UsageError(
                 f"--dialect {name} is not for adapters that lie where these do",
-                expected=", ".join(dialect.name for dialect in candidates),
+                expected=", ".join(dialect.name for dialect in candidates if dialect is not DIALECTS[-1]),
             )
         return named[0]
     fitting = [dialect for dialect in candidates if dialect.matches(tree)]

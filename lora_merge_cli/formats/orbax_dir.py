@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UnknownFormat, UsageError
+from lora_merge_cli.formats.hf_dir import ASSETS, CONFIG, companions, read_config
 from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
 from lora_merge_cli.formats.orbax_metadata import STEP_FILE, TREE_FILE
 from lora_merge_cli.formats.orbax_sink import OrbaxSink
@@ -20,10 +21,9 @@ from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
 _PREFERRED_ITEM = "params"
 _OPTIMISER_ITEM = "train_state"
 _OPTIMISER_REASON = "the optimiser's state does not fit the merged parameters"
-_ASSETS = "assets"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP_NAME = re.compile(r"(?:(.+)[_-])?(\d+)")
-_BOOKKEEPING = frozenset({STEP_FILE, _ASSETS, PROVENANCE, "commit_success.txt"})
+_BOOKKEEPING = frozenset({STEP_FILE, ASSETS, PROVENANCE, "commit_success.txt"})
 
 
 class OrbaxFormat:
@@ -154,13 +154,19 @@ def _open_item(
     number = None if item is None else _step_number(directory)
     if step is not None and step != number:
         raise UsageError(f"--step {step} needs a run directory", where=given)
+    assets, provenance = directory / ASSETS, directory / PROVENANCE
+    config = None if item is None else read_config(directory, CONFIG)
+    # A model of another format's making keeps its configuration and tokenizer beside the item.
+    own = {f"{folder}/" for folder in (*_items(directory), ASSETS)} if config is not None else set()
+    beside_it = (
+        [] if config is None else [n for n in companions(directory, _BOOKKEEPING) if not n.startswith(tuple(own))]
+    )
     beside = [] if item is None else sorted(entry.name for entry in directory.iterdir())
     left_out = {
         name: _OPTIMISER_REASON if name == _OPTIMISER_ITEM else "not part of the parameters"
         for name in beside
-        if name not in _BOOKKEEPING | {item}
+        if name not in _BOOKKEEPING | {item} | {companion.split("/")[0] for companion in beside_it}
     }
-    assets, provenance = directory / _ASSETS, directory / PROVENANCE
     return Checkpoint(
         format=OrbaxFormat.name,
         given=given,
@@ -173,6 +179,8 @@ def _open_item(
         provenance=provenance if provenance.is_file() else None,
         left_out=left_out,
         notes=notes,
+        config=config,
+        companions=tuple(beside_it),
     )
 
 

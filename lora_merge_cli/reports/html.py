@@ -23,7 +23,7 @@ from lora_merge_cli.report import (
     VerifyReport,
 )
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.kinds import MANY_SITES, Kind, largest, least, middle, site_kinds
+from lora_merge_cli.reports.kinds import MANY_SITES, Kind, largest, least, middle, rank_spread, scale_spread, site_kinds
 from lora_merge_cli.reports.words import (
     adapter_mark,
     beside,
@@ -153,6 +153,8 @@ class _KindRow:
     count: int
     layers: str
     one: SiteRecord
+    rank: str
+    scale: str
     dtypes: str
     norm: float | None
     norm_largest: float | None
@@ -174,6 +176,8 @@ def _kind_row(kind: Kind[SiteRecord], report: ModelReport) -> _KindRow:
         count=len(sites),
         layers=kind.layers,
         one=sites[0],
+        rank=rank_spread(sites),
+        scale=scale_spread(sites, " (assumed)"),
         dtypes=", ".join(dict.fromkeys(map(_dtypes, sites))),
         norm=middle(site.relative_norm for site in sites),
         norm_largest=largest(site.relative_norm for site in sites),

@@ -42,17 +42,25 @@ class Kind(Generic[T]):
         return self.name if len(self.members) == 1 else f"{self.name} x{len(self.members)}"
 
 
-def kinds(items: Iterable[T], name_of: Callable[[T], str], likeness: Callable[[T], Hashable]) -> list[Kind[T]]:
+def kinds(
+    items: Sequence[T],
+    name_of: Callable[[T], str],
+    likeness: Callable[[T], Hashable],
+    *coarser: Callable[[T], Hashable],
+) -> list[Kind[T]]:
     """The items by kind, in the order in which each kind comes first.
 
     Args:
         items: What to sort.
         name_of: A dotted or slashed name.
         likeness: What members of one kind must have in common besides.
+        coarser: What they must have in common where there would be more kinds than anybody reads.
     """
     found: dict[tuple[str, Hashable], list[T]] = {}
     for item in items:
         found.setdefault((pattern(name_of(item)), likeness(item)), []).append(item)
+    if coarser and len(found) > MOST_KINDS:
+        return kinds(items, name_of, *coarser)
     short = short_patterns(name for name, _ in found)
     return [
         Kind(short[name], ranges([_numbers(name_of(member)) for member in members]), tuple(members))
@@ -60,12 +68,13 @@ def kinds(items: Iterable[T], name_of: Callable[[T], str], likeness: Callable[[T
     ]
 
 
-def site_kinds(sites: Iterable[S]) -> list[Kind[S]]:
-    """The sites by name, rank, scale, who says so, and adapter."""
+def site_kinds(sites: Sequence[S]) -> list[Kind[S]]:
+    """The sites by name, adapter, rank, scale and who says so; where that is too much, by name and adapter."""
     return kinds(
         sites,
         lambda site: site.label,
-        lambda site: (site.group, site.rank, site.scale, source_pattern(site.scale_source), site.adapter, site.weight),
+        lambda site: (site.group, site.adapter, site.weight, site.rank, site.scale, source_pattern(site.scale_source)),
+        lambda site: (site.group, site.adapter, site.weight),
     )
 
 
@@ -108,6 +117,26 @@ def ranges(numbers: Iterable[Sequence[int]]) -> str:
     if len(layers) == last - first + 1:
         return str(first) if first == last else f"{first}-{last}"
     return ",".join(map(str, layers)) if len(layers) <= 3 else f"{len(layers)} of {first}-{last}"
+
+
+def spread(values: Iterable[float], mark: str = "") -> str:
+    """One value, or from the least to the largest."""
+    distinct = sorted(set(values))
+    ends = distinct if len(distinct) < 2 else (distinct[0], distinct[-1])
+    return "-".join(f"{value:.4g}" for value in ends) + mark
+
+
+def rank_spread(sites: Iterable[S]) -> str:
+    """The rank of sites that share a row."""
+    return spread(site.rank for site in sites)
+
+
+def scale_spread(sites: Sequence[S], mark: str) -> str:
+    """The scale of sites that share a row, with a mark where nobody stated one of them."""
+    known = [site.scale for site in sites if site.scale is not None]
+    if len(known) < len(sites):
+        return "unknown"
+    return spread(known, mark if any(site.scale_assumed for site in sites) else "")
 
 
 def middle(values: Iterable[float | None]) -> float | None:

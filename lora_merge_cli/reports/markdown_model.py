@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from lora_merge_cli.report import CheckRecord, LeafRecord, MergeReport, SiteRecord, VerifyReport
 from lora_merge_cli.reports.escaping import code, prose
-from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, least, middle, site_kinds
+from lora_merge_cli.reports.kinds import (
+    MANY_SITES,
+    MOST_KINDS,
+    largest,
+    least,
+    middle,
+    rank_spread,
+    scale_spread,
+    site_kinds,
+)
 from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table, table
 from lora_merge_cli.reports.words import (
     adapter_mark,
@@ -91,6 +100,15 @@ def _keys(check: CheckRecord) -> str:
 
 def tables(report: MergeReport | VerifyReport) -> Iterator[str]:
     """The sites, and what is folded away: the other leaves, the inputs, and how the result came about."""
+    if report.sites:
+        yield from _sites(report)
+    if isinstance(report, MergeReport):
+        yield from _brought(report)
+        yield _leaves(report)
+    yield details("Inputs and provenance", _inputs(report), bullets(_provenance(report)))
+
+
+def _sites(report: MergeReport | VerifyReport) -> Iterator[str]:
     yield "## Sites"
     header, rows = (_by_kind if len(report.sites) > MANY_SITES else _site_by_site)(report)
     yield folded_table("rows" if len(report.sites) > MANY_SITES else "sites", header, rows[:MOST_KINDS])
@@ -102,10 +120,6 @@ def tables(report: MergeReport | VerifyReport) -> Iterator[str]:
         yield _GAIN.format(served=prose(report.serving_dtype))
         if len(beside(report)) > 1:
             yield "The figures of a kernel are of all adapters on it together."
-    if isinstance(report, MergeReport):
-        yield from _brought(report)
-        yield _leaves(report)
-    yield details("Inputs and provenance", _inputs(report), bullets(_provenance(report)))
 
 
 def _site_by_site(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[str]]]:
@@ -133,7 +147,13 @@ def _by_kind(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[s
     found = site_kinds(report.sites)
     header = ["sites", "count", "layers", "rank", "scale"]
     rows = [
-        [code(kind.name), str(len(kind.members)), kind.layers, str(kind.members[0].rank), short_scale(kind.members[0])]
+        [
+            code(kind.name),
+            str(len(kind.members)),
+            kind.layers,
+            rank_spread(kind.members),
+            scale_spread(kind.members, " (assumed)"),
+        ]
         for kind in found
     ]
     if report.status == "planned":

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_merge_cli.report import LayerRecord, LeafRecord, ModelReport, SiteRecord, SourceRecord, SurvivalRecord
+from lora_merge_cli.report import (
+    LayerRecord,
+    LeafRecord,
+    MergeReport,
+    ModelReport,
+    SiteRecord,
+    SourceRecord,
+    SurvivalRecord,
+)
 
 STATUS_WORDS = {
     "adapter": "LoRA factors",
@@ -20,9 +28,9 @@ _BROUGHT = ("replaced", "created")
 _UNKNOWN = "unknown"
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A count with its noun, for example ``2 warnings``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def byte_size(count: int) -> str:
@@ -68,11 +76,14 @@ def beside(report: ModelReport) -> tuple[SourceRecord, ...]:
 
 
 def adapters_in_words(report: ModelReport) -> str:
-    """How much was adapted: ``10 adapters``, or ``154 sites of 1 adapter`` where adapters have a file of their own."""
+    """How much was adapted: ``10 adapters``, or ``154 sites and 1 leaf of 1 adapter`` where adapters have files of their own."""
     adapters = beside(report)
     if not adapters:
         return counted(len(report.sites), "adapter")
-    return f"{counted(len(report.sites), 'site')} of {counted(len(adapters), 'adapter')}"
+    whole = len(brought(report.copied)) if isinstance(report, MergeReport) else 0
+    parts = [counted(len(report.sites), "site")] if report.sites or not whole else []
+    parts += [counted(whole, "leaf", "leaves")] if whole else []
+    return f"{' and '.join(parts)} of {counted(len(adapters), 'adapter')}"
 
 
 def model_name(report: ModelReport) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_merge_cli.assets import NORM_STATS, check_assets
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.records import ModelSummary
-from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.report import CheckRecord, CheckStatus
 from lora_merge_cli.verification.expectation import Expectation
 
 _MANY = 8
@@ -34,7 +34,9 @@ def _companions(merged: Checkpoint, checkpoint: Checkpoint, expectation: Expecta
     missing = [name for name in checkpoint.companions if name not in merged.companions]
     figures = {"files": len(checkpoint.companions), "missing": len(missing)}
     if wrong:
-        return CheckRecord("assets", "fail", "; ".join(wrong[:3]), figures, (_CONFIG,))
+        alone = merged.directory.is_file() and merged.config is None
+        status: CheckStatus = "warn" if alone else "fail"
+        return CheckRecord("assets", status, "; ".join(wrong[:3]), figures, (_CONFIG,))
     if not merged.companions:
         return CheckRecord("assets", "skip", "the result is arrays alone: no config.json beside them", figures)
     if missing:
