@@ -119,7 +119,7 @@ jax.tree_util.register_dataclass(Operands, ["left", "right", "basis", "gain"], [
 def _fuse(
     outputs_first: bool, dtype: str, serving_dtype: str, kernel: Any, base: Any, operands: Operands, unit: Any
 ) -> FusedTile:
-    kernel = kernel.astype(jnp.float32)
+    stored_kernel, kernel = kernel.dtype, kernel.astype(jnp.float32)
     delta = jnp.dot(operands.left, operands.right, precision=_HIGHEST)
     changed = kernel if base is None else base.astype(jnp.float32)
     if operands.gain is None:
@@ -134,13 +134,14 @@ def _fuse(
             return jnp.dot(values, operands.basis, precision=_HIGHEST)
         return jnp.dot(operands.basis.T, values, precision=_HIGHEST)
 
-    values = _rounded(result, dtype).astype(dtype_named(dtype))
+    stored = _rounded(result, dtype)
     per_unit = 1 / unit
     unit_delta = delta * per_unit
     realised = {}
     for name in dict.fromkeys((dtype, serving_dtype)):
         # A server casts what is stored, so the stored values are what it rounds once more.
-        q = _rounded(values.astype(jnp.float32), name) - _rounded(kernel, name)
+        served = stored if name == dtype else _rounded(stored, name)
+        q = served - (kernel if stored_kernel == dtype_named(name) else _rounded(kernel, name))
         unit_q = q * per_unit
         error = unit_q - unit_delta
         realised[name] = RealisedSums(
@@ -150,7 +151,7 @@ def _fuse(
             projected=projected(q),
         )
     return FusedTile(
-        values=values,
+        values=stored.astype(dtype_named(dtype)),
         delta_sq=jnp.sum(unit_delta * unit_delta, axis=-1),
         kernel_sq=jnp.sum(kernel * kernel, axis=-1),
         max_abs=jnp.max(jnp.abs(delta)),

@@ -23,6 +23,7 @@ from lora_merge_cli.options import MergeOptions, check_options
 from lora_merge_cli.records import (
     AdapterSite,
     Constant,
+    Created,
     Dropped,
     KeyPath,
     ModelSummary,
@@ -93,6 +94,8 @@ class MergePlan:
     """The adapters that are merged; their factors are consumed."""
     replacements: tuple[Replacement, ...]
     """What adapters bring whole, with the weights that it is taken at."""
+    created: tuple[Created, ...]
+    """Leaves that the output has besides the checkpoint's, and why."""
     dropped: tuple[Dropped, ...]
     """Leaves that the output does not have, and why."""
     factors: Mapping[tuple[int | None, KeyPath], TensorSpec]
@@ -155,6 +158,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         shared={later: first for later, first in index.shared.items() if not {later, first} & changes.keys()},
         sites=selection.sites,
         replacements=tuple(found for change in changes.values() for found in change.replacements),
+        created=survey.created,
         dropped=tuple(dropped),
         factors=factors,
         equal=survey.equal,

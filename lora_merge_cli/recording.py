@@ -14,7 +14,7 @@ from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
-from lora_merge_cli.plan import MergePlan
+from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
     DroppedRecord,
@@ -139,14 +139,14 @@ def group_records(
 
 def leaf_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
     """The leaves that no delta is added to."""
+    created = {leaf.path: leaf.reason for leaf in plan.created}
+
+    def reasons(step: Step) -> str | None:
+        found = [replacement.reason for replacement in step.replacements]
+        return ", ".join(dict.fromkeys([*found, *filter(None, [created.get(step.output.path)])])) or None
+
     return tuple(
-        LeafRecord(
-            step.output.name,
-            step.origin,
-            step.output.dtype.name,
-            step.output.nbytes,
-            ", ".join(dict.fromkeys(found.reason for found in step.replacements)) or None,
-        )
+        LeafRecord(step.output.name, step.origin, step.output.dtype.name, step.output.nbytes, reasons(step))
         for step in plan.steps
         if not step.sites
     )

@@ -160,7 +160,7 @@ class LeafRecord(_Record):
     nbytes: int
     """Its size when decoded."""
     reason: str | None = None
-    """Why an adapter brings it; null where none does."""
+    """Why an adapter brings it, or why it is new; null where neither is so."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,15 @@ DIFF = DiffReport(
     ),
 )
 PASSED = replace(VERIFY, status="passed", checks=CHECKS[:2])
-REPORTS = [MERGE, VERIFY, DIFF]
+BESIDE: dict[str, Any] = {
+    "sources": (
+        *SOURCES,
+        *(SourceRecord("adapter", f"/a{n}", "safetensors", None, "sha256:89", 0.5) for n in range(2)),
+    ),
+    "sites": tuple(replace(SITE, label=f"layers.{n}.q", adapter=n % 2, weight=0.5) for n in range(40)),
+}
+BROUGHT = (LeafRecord("head", "replaced", "float32", 32, "modules_to_save"), LeafRecord("new", "created", "float32", 8))
+REPORTS = [MERGE, VERIFY, DIFF, replace(MERGE, **BESIDE, copied=BROUGHT), replace(VERIFY, **BESIDE)]
 
 
 def hostile(value: Any) -> Any:

@@ -160,7 +160,8 @@ def replaced(findings: Findings) -> CheckRecord:
             f"({found[wrong[0]]} entries)"
         )
         return CheckRecord("replaced", "fail", message, figures, tuple(wrong[:_MANY]))
-    return CheckRecord("replaced", "pass", f"{len(found)} leaves are what the adapter brings, rounded once", figures)
+    leaves = "1 leaf is" if len(found) == 1 else f"{len(found)} leaves are"
+    return CheckRecord("replaced", "pass", f"{leaves} what the adapter brings, rounded once", figures)
 
 
 def _change(found: Comparison) -> float:
