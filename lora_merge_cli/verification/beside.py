@@ -42,9 +42,8 @@ def _companions(merged: Checkpoint, checkpoint: Checkpoint, expectation: Expecta
     if missing:
         message = f"{len(missing)} files of the base are not beside the result: {', '.join(missing[:3])}"
         return CheckRecord("assets", "warn", message, figures, tuple(missing[:_MANY]))
-    return CheckRecord(
-        "assets", "pass", f"config.json and {len(checkpoint.companions) - 1} other files are there", figures
-    )
+    message = f"all files of the base are there: {len(checkpoint.companions)}, config.json among them"
+    return CheckRecord("assets", "pass", message, figures)
 
 
 def _config_mistakes(config: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> Iterator[str]:
