@@ -12,8 +12,7 @@ import pytest
 from rich.text import Text
 
 from lora_merge_cli.assets import check_assets
-from lora_merge_cli.dialects import DIALECTS
-from lora_merge_cli.dialects import ScaleOptions, Subject, Tree
+from lora_merge_cli.dialects import DIALECTS, ScaleOptions, Subject, Tree
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.records import Index, TensorSpec

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_merge_cli.dialects.interface import ScaleOptions, Subject, Tree
+from lora_merge_cli.dialects import interface
+from lora_merge_cli.dialects.interface import ScaleOptions, Subject
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.formats import open_checkpoint
 from tests import trees
@@ -261,7 +262,7 @@ def test_the_forward_that_a_site_states_is_the_layers(case: str, tmp_path: Path)
     tree, suffix, _ = CASES[case]
     item = save_step(tmp_path / "1", nest(tree.leaves, suffix=suffix)) / "params"
     index = open_checkpoint(item).source.index()
-    sites = OpenPI().survey(Subject(Tree(index, "x")), ScaleOptions({"": 6.0})).sites
+    sites = OpenPI().survey(Subject(interface.Tree(index, "x")), ScaleOptions({"": 6.0})).sites
     assert len(sites) == len(tree.changed)
     rng = np.random.default_rng(2)
     for site in sites:

@@ -111,6 +111,9 @@ def test_a_bias_of_lora_b_is_a_site_of_its_own():
     [
         (False, {"model_type": "llama"}, {}, "ri,or->oi"),
         (True, GPT2, {}, "ri,or->io"),
+        # One kind of layer alone, or GPT-2's names alone: the flag is theirs.
+        (True, {}, {}, "ri,or->io"),
+        (True, {}, linear("h.c_attn", 4, 4), "ri,or->io"),
         (False, {}, {}, "ri,or->oi"),
         (True, {}, linear("h.c_fc", 8, 4), "ri,or->io"),
         (False, {"model_type": "homemade"}, {}, "ri,or->oi"),
@@ -121,7 +124,7 @@ def test_a_bias_of_lora_b_is_a_site_of_its_own():
     ],
 )
 def test_which_way_round_a_square_weight_is(flag, model, others, equation):
-    base = {"h.c_proj.weight": (4, 4), "h.c_fc.weight": (4, 8), "fc.weight": (5, 4)}
+    base = {"h.c_proj.weight": (4, 4), "h.c_attn.weight": (4, 4), "h.c_fc.weight": (4, 8), "fc.weight": (5, 4)}
     found = survey(linear("h.c_proj", 4, 4) | others, base, model=model, fan_in_fan_out=flag)
     assert not found.problems, found.problems
     assert {str(s.parameters.equation) for s in found.sites if s.module == "c_proj"} == {equation}

@@ -218,13 +218,13 @@ def test_flags_beside_a_configuration():
         (True, {"model_type": "llama"}, {}, "model_type llama"),
         (False, {"model_type": "gpt2"}, {}, "model_type gpt2"),
         (True, {"model_type": "homemade"}, {}, "model_type homemade"),
-        (True, {}, {}, "fan_in_fan_out true"),
+        (True, {}, linear("h.square", 4, 4), "fan_in_fan_out true"),
         (True, {}, linear("h.fc", 8, 4), "the other layers (out, in)"),
         (True, {}, linear("h.fc", 8, 4) | linear("h.c_fc", 8, 4), "both kinds"),
     ],
 )
 def test_square_weights_of_unclear_orientation(flag, model, others, words):
-    base = {"h.c_proj.weight": (4, 4), "h.fc.weight": (8, 4), "h.c_fc.weight": (4, 8)}
+    base = {"h.c_proj.weight": (4, 4), "h.square.weight": (4, 4), "h.fc.weight": (8, 4), "h.c_fc.weight": (4, 8)}
     refused(ShapeMismatch, words, linear("h.c_proj", 4, 4) | others, base, model=model, fan_in_fan_out=flag)
 
 

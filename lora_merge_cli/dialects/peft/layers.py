@@ -86,8 +86,7 @@ class Orientations:
         votes = {vote for vote in (self._flag, by_type, *self._seen) if vote is not None}
         if not votes:
             return self._unclear(where, "neither fan_in_fan_out nor a model_type")
-        # PEFT sets the flag for the last layer that it comes to: by itself it says nothing about the others.
-        if len(votes) == 1 and (True not in votes or by_type is not None or self._seen):
+        if len(votes) == 1 and (True not in votes or by_type is not None or self._seen or self._alike()):
             return votes.pop()
         said = [
             f"fan_in_fan_out {str(self._flag).lower()}" if self._flag is not None else "",
@@ -95,6 +94,13 @@ class Orientations:
             f"the other layers {'(in, out)' if True in self._seen else '(out, in)'}" if self._seen else "",
         ]
         return self._unclear(where, ", ".join(filter(None, said)))
+
+    def _alike(self) -> bool:
+        """Whether all layers are of one kind by their names. PEFT sets the flag for the last layer that it comes to: by itself it
+        says nothing about layers of another kind.
+        """
+        names = set(map(_last, self._modules))
+        return len(names) == 1 or names <= _CONV1D_MODULES
 
     def _by_type(self, module: str) -> bool | None:
         if self._type is None:
