@@ -96,8 +96,9 @@ class Orientations:
         return self._unclear(where, ", ".join(filter(None, said)))
 
     def _alike(self) -> bool:
-        """Whether all layers are of one kind by their names. PEFT sets the flag for the last layer that it comes to: by itself it
-        says nothing about layers of another kind.
+        """Whether all layers are of one kind by their names.
+
+        PEFT sets the flag for the last layer that it comes to: by itself it says nothing about layers of another kind.
         """
         names = set(map(_last, self._modules))
         return len(names) == 1 or names <= _CONV1D_MODULES
