@@ -107,16 +107,11 @@ def leaf_changes(
     for path in dict.fromkeys([*created, *brings, *sites]):
         replacements = tuple(brings.get(path, ()))
         before = index.tensors.get(created.get(path, path))
-        brought = None
+        brought = next((_brought(inputs, found, before) for found in replacements if found.rows is None), None)
+        change = LeafChange(path, before, tuple(sites.get(path, ())), replacements, brought)
         for found in replacements:
-            brought = _fitting(inputs, found, before)
-        change = LeafChange(
-            path=path,
-            before=before,
-            sites=tuple(sites.get(path, ())),
-            replacements=replacements,
-            brought=brought if any(found.rows is None for found in replacements) else None,
-        )
+            if found.rows is not None:
+                _refuse_unfit_rows(inputs, found, change.start)
         _refuse_meaningless(change, inputs)
         changes[path] = change
     return changes
@@ -133,8 +128,8 @@ def output_dtype(change: LeafChange, options: MergeOptions, dialect: Dialect) ->
     return cast_dtype(options.dtype, stored, auto)
 
 
-def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> TensorSpec:
-    """The adapter's leaf, which must fit the checkpoint's: rows beyond a vocabulary are all that may be new."""
+def _brought(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> TensorSpec:
+    """The adapter's leaf instead of the checkpoint's, which it must fit: rows beyond a vocabulary are all that may be new."""
     source = inputs.source(found.adapter)
     spec = source.index().tensors[found.path]
     where = f"{source.path} :: {spec.name}"
@@ -151,9 +146,8 @@ def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> T
         raise ShapeMismatch(
             "a replacement of another kind of numbers", where=where, expected=before.dtype.name, found=spec.dtype.name
         )
-    grown = spec.shape[:1] > before.shape[:1] or spec.shape[:1] < before.shape[:1]
-    fits = spec.shape[1:] == before.shape[1:] and (found.rows is not None or found.weight == 1 or not grown)
-    if not fits or len(spec.shape) != len(before.shape):
+    grown = spec.shape[:1] != before.shape[:1]
+    if len(spec.shape) != len(before.shape) or spec.shape[1:] != before.shape[1:] or (grown and found.weight != 1):
         raise ShapeMismatch(
             "a replacement that does not fit",
             where=where,
@@ -161,14 +155,27 @@ def _fitting(inputs: Inputs, found: Replacement, before: TensorSpec | None) -> T
             found=spec.shape,
             hint="a tensor of another size is taken at weight 1 or not at all" if found.weight != 1 else None,
         )
-    if found.rows is not None and (len(found.rows) != spec.shape[0] or max(found.rows, default=-1) >= before.shape[0]):
+    return spec
+
+
+def _refuse_unfit_rows(inputs: Inputs, found: Replacement, start: TensorSpec) -> None:
+    source = inputs.source(found.adapter)
+    spec = source.index().tensors[found.path]
+    rows = found.rows or ()
+    if spec.shape != (len(rows), *start.shape[1:]) or not all(0 <= row < start.shape[0] for row in rows):
         raise ShapeMismatch(
             "token rows that do not fit",
-            where=where,
-            expected=f"{len(found.rows)} rows below {before.shape[0]}",
-            found=f"{spec.shape[0]} rows, the last index {max(found.rows, default=-1)}",
+            where=f"{source.path} :: {spec.name}",
+            expected=f"{(len(rows), *start.shape[1:])}, for rows of {start.shape}",
+            found=f"{spec.shape}, for rows up to {max(rows, default=-1)}",
         )
-    return spec
+    if not (is_float(spec.dtype) and is_float(start.dtype)):
+        raise ShapeMismatch(
+            "token rows of another kind of numbers",
+            where=f"{source.path} :: {spec.name}",
+            expected=start.dtype.name,
+            found=spec.dtype.name,
+        )
 
 
 def _refuse_left_out_size(inputs: Inputs, found: Replacement) -> None:
@@ -195,6 +202,7 @@ def _refuse_meaningless(change: LeafChange, inputs: Inputs) -> None:
             hint="merge that adapter alone, at weight 1",
         )
     for site in change.sites:
+        _refuse_unfit_site(inputs, site, change.start)
         first = change.sites[0].parameters.equation
         one, other = [_roles(equation.target, equation.inputs) for equation in (first, site.parameters.equation)]
         if one != other:
@@ -203,6 +211,21 @@ def _refuse_meaningless(change: LeafChange, inputs: Inputs) -> None:
                 where=f"{inputs.checkpoint.source.path} :: {display(change.path)}",
                 found=f"{first} and {site.parameters.equation}",
             )
+
+
+def _refuse_unfit_site(inputs: Inputs, site: AdapterSite, start: TensorSpec) -> None:
+    """A site was found on the checkpoint's leaf; another adapter may bring that in another size."""
+    source = inputs.source(site.adapter)
+    tensors = source.index().tensors
+    shapes = {role: factor.extents(tensors[factor.path].shape) for role, factor in site.factors.items()}
+    a, b = shapes.get("lora_a", (1,)), shapes["lora_b"]
+    if site.parameters.equation.sizes(a, b, start.shape) is None:
+        raise ShapeMismatch(
+            "factors that do not fit what another adapter brings",
+            where=f"{source.path} :: {display(site.factors['lora_b'].path)}",
+            expected=f"factors for {start.shape}",
+            found=f"{a} and {b}",
+        )
 
 
 def _roles(target: str, inputs: str) -> tuple[bool, ...]:

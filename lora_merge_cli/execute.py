@@ -122,10 +122,12 @@ class Execution:
 
     def _refuse_silence(self) -> None:
         additive = [site for site in self.silent if site.operation == AddDelta.name]
-        if self._plan.replacements and self._plan.multiplier != 0:
+        if any(found.weight != 0 for found in self._plan.replacements):
             return
-        if self._plan.multiplier == 0 or len(additive) == len(self._plan.sites):
-            why = "--scale is 0" if self._plan.multiplier == 0 else "a factor of each site is zero"
+        weights = [site.weight for site in self._plan.sites if site not in additive]
+        if self._plan.multiplier == 0 or not any(weights):
+            why = "a factor of each site is zero" if self._plan.multiplier and self._plan.sites else "its weight is 0"
+            why = "--scale is 0" if self._plan.multiplier == 0 else why
             raise NothingToMerge(
                 f"every delta is zero: {why}",
                 where=self._inputs.source(self._plan.sites[0].adapter if self._plan.sites else None).path,
@@ -160,7 +162,11 @@ class Execution:
                 self._frozen += 1
             yield self._leaf(step)
         self._check_base()
-        if self.moments and not self._plan.replacements and len(delta_is_zero(self.moments)) == len(self.moments):
+        if (
+            self.moments
+            and not any(found.weight for found in self._plan.replacements)
+            and len(delta_is_zero(self.moments)) == len(self.moments)
+        ):
             raise NothingToMerge("every delta is zero", where=self._source.path)
 
     def _leaf(self, step: Step) -> LeafData:

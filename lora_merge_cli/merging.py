@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,19 +301,30 @@ def _measured(prepared: Prepared, execution: Execution) -> Iterator[SiteRecord]:
 
 def _refuse_repeat(checkpoint: Checkpoint, plan: MergePlan, digests: Sequence[str]) -> None:
     """Refuse an adapter that the checkpoint's provenance says is in its kernels already."""
-    merged = {
-        (site.get("target"), site.get("adapter_digest"))
-        for document in _parents(checkpoint)
-        for site in document.get("sites") or ()
-        if isinstance(site, dict)
-    }
-    again = [site.name for site, digest in zip(plan.sites, digests, strict=True) if (site.name, digest) in merged]
+    merged: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for document in _parents(checkpoint):
+        for site in document.get("sites") or ():
+            if isinstance(site, dict):
+                key = str(site.get("target")), str(site.get("adapter_digest"))
+                merged[key] += _weight(site.get("weight", 1.0)) * _weight(document.get("multiplier", 1.0))
+    # What takes a part of it out again is no repetition.
+    again = [
+        site.name
+        for site, digest in zip(plan.sites, digests, strict=True)
+        if site.weight * plan.multiplier * merged[site.name, digest] > 0
+    ]
     if again:
         raise AlreadyMerged(
             "already merged: the same adapter was merged into these kernels before",
             where=f"{checkpoint.provenance} :: {first_names(again, 3)}",
-            hint="serve the merged checkpoint, or remove the provenance file if it belongs to another one",
+            hint="serve the merged checkpoint, merge the base once at the weight wanted, or remove the provenance file if it belongs "
+            "to another one",
         )
+
+
+def _weight(value: Any) -> float:
+    """A weight that a provenance states; 1 for what is none."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 1.0
 
 
 def _parents(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:

@@ -304,8 +304,8 @@ def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptio
                     found=leaf.dtype.name,
                     hint="merge into the checkpoint that it was quantised from",
                 )
-    flag, wanted = ("--dtype", options.dtype) if change.changes else ("--dtype-untouched", options.dtype_untouched)
-    if is_float8(spec.dtype) and wanted != "keep":
+    flag = "--dtype" if change.changes else "--dtype-untouched"
+    if is_float8(spec.dtype) and output_dtype(change, options, inputs.dialect) != spec.dtype:
         raise UnsupportedCheckpoint(
             "a float8 leaf that would change its dtype",
             where=f"{path} :: {spec.name}",

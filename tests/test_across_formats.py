@@ -197,7 +197,7 @@ def test_numbers_of_a_training_file_are_kept_in_orbax(tmp_path: Path) -> None:
     kept = torch.load(tmp_path / "kept.pth", weights_only=True)
     assert {key: kept[key] for key in state if key != "model"} == {key: state[key] for key in state if key != "model"}
     torch.testing.assert_close(kept["model"]["a.weight"], kernel + kernel[:, :2] / 9 @ kernel[:2] / 7)
-    assert run(*flags, "-o", tmp_path / "orbax", "--to", "orbax").code == 0
+    assert run(*flags, "-o", tmp_path / "orbax", "--to", "orbax", "--verify").code == 0
     source = open_checkpoint(tmp_path / "orbax").source
     numbers = {key: source.read(key, ()).item() for key, spec in source.index().tensors.items() if not spec.shape}
     assert numbers == {("epoch",): 3, ("best",): 0.5, ("done",): True}

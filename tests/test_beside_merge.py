@@ -190,3 +190,91 @@ def test_base_is_for_adapters_inside(either: tuple[Path, Path], tmp_path: Path) 
     base, adapter = either
     outcome = run("merge", base, "--adapter", adapter, "--base", base, "-o", tmp_path / "out")
     assert (outcome.code, "--base" in outcome.error) == (2, True)
+
+
+def peft_adapter(folder: Path, tensors: dict[str, Any], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, **config}))
+    return folder
+
+
+def test_token_rows_of_an_embedding_that_the_adapter_resized(tmp_path: Path) -> None:
+    """The adapter's own embedding, longer than the base's, and trained rows in it, old and new ones."""
+    rng = np.random.default_rng(2)
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    embedding, resized, rows = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 4), (9, 4), (3, 4)))
+    save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding * 2}, base)
+    stem = "base_model.model.model.embed_tokens.token_adapter"
+    tensors = {f"{stem}.base_layer.weight": resized, f"{stem}.trainable_tokens_delta": rows}
+    tensors["base_model.model.lm_head.weight"] = resized * 3
+    adapter = peft_adapter(tmp_path / "adapter", tensors, trainable_token_indices=[8, 0, 5])
+    assert run("merge", base, "--adapter", adapter, "-o", out, "--verify").code == 0
+    from safetensors.numpy import load_file
+
+    expected = resized.copy()
+    expected[[8, 0, 5]] = rows
+    merged = load_file(out / "model.safetensors")
+    assert merged["model.embed_tokens.weight"].tobytes() == expected.tobytes()
+    assert merged["lm_head.weight"].tobytes() == (resized * 3).tobytes()
+
+
+def test_factors_for_another_size_than_a_second_adapter_brings(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    base = tmp_path / "base.safetensors"
+    save_file({"model.embed_tokens.weight": rng.normal(size=(6, 4)).astype(np.float32)}, base)
+    stem = "base_model.model.model.embed_tokens"
+    longer = peft_adapter(tmp_path / "one", {f"{stem}.weight": rng.normal(size=(9, 4)).astype(np.float32)})
+    factors = {f"{stem}.lora_embedding_A": (2, 6), f"{stem}.lora_embedding_B": (4, 2)}
+    values = {key: rng.normal(size=shape).astype(np.float32) for key, shape in factors.items()}
+    lora = peft_adapter(tmp_path / "two", values)
+    for order in ((longer, lora), (lora, longer)):
+        flags = [part for adapter in order for part in ("--adapter", adapter)]
+        outcome = run("merge", base, *flags, "-o", tmp_path / "out")
+        assert outcome.code == 4 and outcome.error
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_is_merged_can_be_taken_out_and_not_put_in_twice(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    base = tmp_path / "base.safetensors"
+    kernel = rng.normal(size=(4, 4)).astype(np.float32)
+    save_file({"model.a.weight": kernel}, base)
+    stem = "base_model.model.model.a"
+    factors = {f"{stem}.lora_A.weight": (2, 4), f"{stem}.lora_B.weight": (4, 2)}
+    values = {key: rng.normal(size=shape).astype(np.float32) for key, shape in factors.items()}
+    adapter = peft_adapter(tmp_path / "adapter", values)
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert run("merge", base, "--adapter", f"{adapter}@0.5", "-o", first).code == 0
+    assert run("merge", first, "--adapter", f"{adapter}@0.5", "-o", second).code == 4
+    assert run("merge", first, "--adapter", f"{adapter}@-0.5", "-o", second).code == 0
+    from safetensors.numpy import load_file
+
+    np.testing.assert_allclose(load_file(second)["model.a.weight"], kernel, rtol=1e-6, atol=1e-6)
+    # Taken out, it may be merged again.
+    assert run("merge", second, "--adapter", adapter, "-o", tmp_path / "third.safetensors").code == 0
+
+
+def test_nothing_at_weight_zero(tmp_path: Path) -> None:
+    save_file({"score.weight": np.ones((2, 4), np.float32)}, tmp_path / "base.safetensors")
+    adapter = peft_adapter(tmp_path / "adapter", {"base_model.model.score.weight": np.zeros((2, 4), np.float32)})
+    outcome = run("merge", tmp_path / "base.safetensors", "--adapter", f"{adapter}@0", "-o", tmp_path / "out")
+    assert (outcome.code, "weight is 0" in outcome.error) == (4, True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "keep"]])
+def test_an_unscaled_float8_kernel_keeps_its_dtype(flags: list[str], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    kernel = (torch.arange(16.0).reshape(4, 4) / 4).to(torch.float8_e4m3fn)
+    save({"model.a.weight": kernel}, tmp_path / "base.safetensors")
+    a, b = torch.ones(2, 4), torch.full((4, 2), 0.125)
+    stem = "base_model.model.model.a"
+    tensors = {f"{stem}.lora_A.weight": a.numpy(), f"{stem}.lora_B.weight": b.numpy()}
+    adapter = peft_adapter(tmp_path / "adapter", tensors)
+    out = tmp_path / "out.safetensors"
+    assert run("merge", tmp_path / "base.safetensors", "--adapter", adapter, "-o", out, *flags).code == 0
+    ideal = (kernel.double() + 3 * b.double() @ a.double()).float().to(torch.float8_e4m3fn)
+    assert torch.equal(load(out)["model.a.weight"].view(torch.uint8), ideal.view(torch.uint8))

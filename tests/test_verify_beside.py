@@ -187,3 +187,32 @@ def test_a_configuration_that_ties_what_was_untied(tmp_path: Path) -> None:
     (out / "config.json").write_bytes((base / "config.json").read_bytes())
     outcome = run("verify", out, "--against", base, "--adapter", adapter, "--json")
     assert (outcome.code, failed(outcome)) == (1, {"assets"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"tie_word_embeddings": True}, "fail"),
+        ({"vocab_size": 9}, "fail"),
+        ({"torch_dtype": "bfloat16"}, "fail"),
+        ({"rope_theta": 5.0}, "warn"),
+        ({"transformers_version": "9"}, "pass"),
+        ({"text_config": {"vocab_size": 7}}, "fail"),
+    ],
+)
+def test_a_configuration_that_is_another(changes: dict[str, Any], status: str, tmp_path: Path) -> None:
+    model = Model(tmp_path, ml_dtypes.bfloat16)
+    config = {"tie_word_embeddings": False, "vocab_size": 8, "rope_theta": 1.0, "torch_dtype": "bfloat16"}
+    config |= {"transformers_version": "5", "text_config": {"vocab_size": 8}}
+    (model.base / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    assert run("merge", model.base, "--adapter", model.adapter, "-o", out, "--dtype", "float32", "--verify").code == 0
+    merged = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(merged | changes))
+    outcome = run("verify", out, "--against", model.base, "--adapter", model.adapter, "--json")
+    found = {check["id"]: check["status"] for check in outcome.json["checks"]}
+    assert found["assets"] == status
+    (out / "config.json").unlink()
+    outcome = run("verify", out, "--against", model.base, "--adapter", model.adapter, "--json")
+    found = {check["id"]: check["status"] for check in outcome.json["checks"]}
+    assert found["assets"] == "warn"

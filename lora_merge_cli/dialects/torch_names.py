@@ -1,12 +1,13 @@
 """Names of tensors in torch models: from those of a live model, which adapters use, to those of a checkpoint on disk.
 
-An adapter is named after the modules of the model that it was trained in. Three things set those names apart from the names in the
+An adapter is named after the modules of the model that it was trained in. Four things set those names apart from the names in the
 base checkpoint:
 
 - wrappers (DDP, ``torch.compile``, FSDP, activation checkpointing) add parts of their own;
 - Transformers renames what it loads: from version 5 on nearly all vision-language models, some mixtures of experts and vision
   encoders have other names in memory than on disk, and save under those of the disk;
-- a checkpoint of the bare model (``AutoModel``) lacks the prefix that the model with a head gives it, or the reverse.
+- a checkpoint of the bare model (``AutoModel``) lacks the prefix that the model with a head gives it, or the reverse;
+- a training file keeps the model under a key of its own, beside the optimiser's state and perhaps an average of the model.
 
 The renamings that exist are listed in `torch_renames`. Nothing is guessed from similar spelling.
 """
@@ -16,12 +17,20 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lora_merge_cli.dialects.interface import Tree
-from lora_merge_cli.dialects.torch_renames import FAMILIES, HEAD_PREFIXES, VISION_TOWERS, Step, identity, prefixing
+from lora_merge_cli.dialects.torch_renames import (
+    CONTAINERS,
+    FAMILIES,
+    HEAD_PREFIXES,
+    VISION_TOWERS,
+    Step,
+    identity,
+    prefixing,
+)
 from lora_merge_cli.errors import UnmatchedAdapter
-from lora_merge_cli.records import KeyPath, first_names
+from lora_merge_cli.records import KeyPath, display, first_names
 
 _WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = re.compile(r"(?:module\.)+")
@@ -43,8 +52,14 @@ def clean_name(name: str) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """The cleaned name that a key path spells, nested or not: ``("model", "layers.0.weight")`` is ``model.layers.0.weight``."""
-    return clean_name(".".join(map(str, path)))
+    """The cleaned name that a key path spells, nested or not: ``("model", "layers.0.weight")`` is ``model.layers.0.weight``.
+
+    Wrappers go at the start of every part: each may be the name of a tensor in a state dict that a larger one holds. The key of
+    that state dict stays, so that leaves of two of them keep two names.
+    """
+    if len(path) == 1:
+        return clean_name(str(path[0]))
+    return clean_name(".".join(clean_name(str(part)) for part in path))
 
 
 def match_names(wanted: Sequence[str], base: Tree) -> Mapping[str, KeyPath]:
@@ -52,6 +67,8 @@ def match_names(wanted: Sequence[str], base: Tree) -> Mapping[str, KeyPath]:
 
     A name that the base has is taken as it is. The others go through one renaming, the same for all of them: the one that places
     the most. Which ones are tried depends on ``model_type`` in the base's configuration; without a configuration all are.
+
+    The state dicts in a training file are also searched one by one, by the names inside; what places the most counts here too.
 
     Args:
         wanted: Names as in the live model, for example ``model.layers.0.self_attn.q_proj.weight``.
@@ -61,9 +78,68 @@ def match_names(wanted: Sequence[str], base: Tree) -> Mapping[str, KeyPath]:
         The base's key path for each name that could be placed; no path twice.
 
     Raises:
-        UnmatchedAdapter: Two renamings place equally many names and differ in where, or a name stands for several keys.
+        UnmatchedAdapter: Two renamings or two state dicts place equally many names and differ in where, or a name stands for
+            several keys.
     """
-    known, double = _names(base)
+    inside = _state_dicts(base)
+    placings = [_match(wanted, named, base) for key, named in inside.items() if key in CONTAINERS]
+    most = max(map(len, placings), default=0)
+    best = [placing for placing in placings if placing and len(placing) == most]
+    _refuse_several(best, inside, base)
+    found = _match(wanted, {path: dotted(path) for path in base.index.tensors}, base)
+    if len(found) == most:
+        _refuse_several([found, *best], inside, base)
+    return best[0] if best and most > len(found) else found
+
+
+def _state_dicts(base: Tree) -> dict[str, dict[KeyPath, str]]:
+    """The names of nested leaves without the first part of their paths, by that part."""
+    inside: dict[str, dict[KeyPath, str]] = {}
+    for path in base.index.tensors:
+        if len(path) > 1 and isinstance(path[0], str):
+            inside.setdefault(path[0], {})[path] = dotted(path[1:])
+    return inside if inside.keys() & CONTAINERS else {}
+
+
+def _refuse_several(best: Sequence[_Placing], inside: Mapping[str, Mapping[KeyPath, str]], base: Tree) -> None:
+    """Refuse equally good placings that differ, and one in a state dict whose names another state dict has too."""
+    if not best:
+        return
+    first = best[0]
+    name, path = next(iter(first.items()), ("", ()))
+    other = next((placing for placing in best[1:] if placing != first), None)
+    if other is not None:
+        name = next(name for name in first if first[name] != other.get(name))
+        keys = [display(first[name]), display(other[name]) if name in other else "nowhere"]
+    else:
+        keys = [display(path), *_copies(first, inside)]
+    if len(keys) > 1:
+        raise UnmatchedAdapter(
+            "the adapter's names fit several models in the checkpoint",
+            where=f"{base.where} :: {name}",
+            expected="one model that has them",
+            found=first_names(keys),
+            hint="save the one to merge into in a file of its own",
+        )
+
+
+def _copies(placing: _Placing, inside: Mapping[str, Mapping[KeyPath, str]]) -> Iterator[str]:
+    """Where else the first of the names is: in state dicts, whatever their key, that have all the names of the one in use."""
+    keys = {path[0] for path in placing.values()}
+    # Deeper trees are of modules, whose parts may well have layers of the same names.
+    if len(keys) != 1 or not keys <= CONTAINERS or any(len(path) != 2 for path in placing.values()):
+        return
+    (used,) = keys
+    names = [inside[str(used)][path] for path in placing.values()]
+    for key, named in inside.items():
+        paths = {name: path for path, name in named.items() if len(path) == 2}
+        if key != used and all(name in paths for name in names):
+            yield display(paths[names[0]])
+
+
+def _match(wanted: Sequence[str], named: Mapping[KeyPath, str], base: Tree) -> _Placing:
+    """Find tensors of a live model among those paths, by the names that they go by here."""
+    known, double = _by_name(named.items())
     cleaned = dict.fromkeys(map(clean_name, wanted))
     exact = {name: known[name] for name in cleaned if name in known}
     rest = [name for name in cleaned if name not in exact]
@@ -98,11 +174,13 @@ def _closest(name: str, names: Sequence[str], count: int) -> list[str]:
     return difflib.get_close_matches(name, shortlist, count, cutoff=0.4)
 
 
-def _names(base: Tree) -> tuple[dict[str, KeyPath], dict[KeyPath, tuple[str, ...]]]:
-    """The base's paths by cleaned name, and for the paths that share their name all of those that do."""
+def _by_name(
+    named: Iterable[tuple[KeyPath, str]],
+) -> tuple[dict[str, KeyPath], dict[KeyPath, tuple[str, ...]]]:
+    """The paths by name, and for the paths that share their name all of those that do."""
     by_name: dict[str, list[KeyPath]] = {}
-    for path in base.index.tensors:
-        by_name.setdefault(dotted(path), []).append(path)
+    for path, name in named:
+        by_name.setdefault(name, []).append(path)
     double = {
         paths[0]: tuple(".".join(map(str, path)) for path in paths) for paths in by_name.values() if len(paths) > 1
     }

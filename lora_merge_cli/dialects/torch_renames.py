@@ -213,6 +213,12 @@ HEAD_PREFIXES: tuple[str, ...] = (
 )
 """What a model with a head, or a file with more than weights, puts before the names of the bare model."""
 
+CONTAINERS: frozenset[str] = frozenset(
+    "state_dict model_state_dict model_state model net network module params weights"
+    " ema ema_model model_ema ema_state_dict state_dict_ema params_ema ema_params teacher student".split()
+)
+"""Keys under which training files keep a model's state dict, beside what else they hold."""
+
 
 def prefixing(prefix: str) -> Iterator[Step]:
     """Adding a prefix, and taking it away."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Term
 from lora_merge_cli.verification.start import StartSource
 
 _WHOLE_ROWS = 2**18
+_NUMBERS = ("int", "float", "bool")
 _MIXING = 4 * 2.0**-24
 _FUSED = tuple(map(dtype_named, ("float32", "bfloat16", "float16", "float64")))
 
@@ -172,7 +174,13 @@ class Examination:
         """The leaves that can be compared; notes what is missing, too much, or of another shape or dtype."""
         findings = self.findings
         present: dict[KeyPath, TensorSpec] = {}
+        before = self._checkpoint.source.index()
+        numbers = {part.path: part.value for part in before.constants if part.kind in _NUMBERS}
         for path, spec in index.tensors.items():
+            if path in numbers and not spec.shape and path not in before.tensors:
+                # Formats without Python numbers keep them as arrays without axes.
+                self._compare_number(spec, numbers[path])
+                continue
             name = self._dialect.canonical(path)
             if looks_like_adapter(path):
                 findings.adapters.append(display(path))
@@ -188,12 +196,21 @@ class Examination:
                 findings.reshaped[leaf.source.name] = f"{present[name].shape}, not {leaf.source.shape}"
             elif self._fits(leaf, present[name]):
                 pairs[name] = leaf, present[name]
-        before = self._checkpoint.source.index()
         findings.unservable = self._dialect.unservable(index)
         findings.unservable_before = self._dialect.unservable(before) is not None
         one, other = (self._constants(tree) for tree in (before, index))
-        findings.constants = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        as_arrays = {display(self._dialect.canonical(path)) for path in numbers.keys() & index.tensors.keys()}
+        differing = [name for name in {**one, **other} if one.get(name) != other.get(name) and name not in as_arrays]
+        findings.constants += differing
         return pairs
+
+    def _compare_number(self, spec: TensorSpec, text: str | None) -> None:
+        try:
+            same = float(self._judged.read(spec.path, ())) == float(literal_eval(text or "None"))
+        except (Unreadable, TypeError, ValueError):
+            same = False
+        if not same:
+            self.findings.constants.append(spec.name)
 
     def _constants(self, index: Index) -> dict[str, tuple[str, str | None]]:
         return {
