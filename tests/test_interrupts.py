@@ -124,8 +124,8 @@ def test_the_output_has_the_usual_permissions(tmp_path: Path) -> None:
 def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     """The old output stands in the staging directory of a run that died before it could put the new one in place."""
     stage = tmp_path / ".out.lora-merge-abc"
-    (stage / "old").mkdir(parents=True)
-    (stage / "old" / "precious").write_text("weeks of work")
+    (stage / "old-out").mkdir(parents=True)
+    (stage / "old-out" / "precious").write_text("weeks of work")
     Path(f"{stage}.lock").touch()
     with pytest.raises(OutputExists), staged(tmp_path / "out", overwrite=False):
         pass

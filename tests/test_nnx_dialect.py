@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lora_merge_cli.dialects.interface import ScaleOptions, Subject, Tree
+from lora_merge_cli.dialects.interface import ScaleOptions, Subject, Tree, looks_like_adapter
 from lora_merge_cli.dialects.nnx import Nnx
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.dialects.torch_model import Plain
 from lora_merge_cli.errors import ShapeMismatch, UnmatchedAdapter, UsageError
 from lora_merge_cli.records import Index, KeyPath, Survey, TensorSpec
+from tests.checkpoints import save_step
+from tests.command import run
 
 LINEAR: dict[str, tuple[int, ...]] = {
     "a/kernel": (3, 4),
@@ -119,10 +122,37 @@ def test_an_adapter_on_an_adapter_is_refused() -> None:
     assert "two adapters" in str(found.problems[0])
 
 
-def test_a_wrapped_layer_inside_a_lora_linear_takes_the_delta() -> None:
-    found = survey({**LINEAR, "a/lora/base_module/kernel": (3, 4), "a/lora/base_module/bias": (4,)})
-    assert not found.problems
-    assert [site.name for site in found.sites] == ["a/lora/base_module/kernel"]
+@pytest.mark.parametrize("suffix", [(), ("value",)])
+@pytest.mark.parametrize("leaf", ["kernel", "embedding"])
+def test_a_lora_linear_around_a_layer_of_its_own_is_refused(leaf: str, suffix: KeyPath) -> None:
+    subject = tree({**LINEAR, f"a/lora/base_module/{leaf}": (3, 4)}, suffix=suffix)
+    found = Nnx().survey(Subject(subject), ScaleOptions())
+    assert [type(problem) for problem in found.problems] == [UnmatchedAdapter]
+    assert "two kernels" in str(found.problems[0]) and "model :: a/lora/base_module/" in str(found.problems[0])
+
+
+@pytest.mark.parametrize("module", ["lora", "b/lora", "lora_mlp"])
+def test_a_wrapped_layer_that_would_be_taken_for_an_adapter_is_refused(module: str) -> None:
+    found = survey({name.replace("b/", f"{module}/", 1): shape for name, shape in WRAPPED.items()})
+    assert [type(problem) for problem in found.problems] == [UnmatchedAdapter]
+    assert f"model :: {module}/base_module/kernel" in str(found.problems[0])
+    assert "two kernels" not in str(found.problems[0])
+
+
+def test_what_is_merged_leaves_no_name_of_an_adapter() -> None:
+    subject = tree({**LINEAR, **WRAPPED})
+    found = Nnx().survey(Subject(subject), ScaleOptions())
+    gone = {factor.path for site in found.sites for factor in site.factors.values()}
+    assert not [path for path in subject.index.tensors if path not in gone and looks_like_adapter(path)]
+
+
+def test_no_file_is_made_of_a_lora_linear_around_a_layer_of_its_own(tmp_path: Path) -> None:
+    lora = {"base_module": {"kernel": np.ones((4, 6))}, "lora_a": np.ones((4, 2)), "lora_b": np.ones((2, 6))}
+    step = save_step(tmp_path / "in" / "7", {"a": {"kernel": np.ones((4, 6)), "lora": lora}}, assets=False)
+    outcome = run("merge", step, "-o", tmp_path / "out")
+    assert outcome.code == 4
+    assert "a/lora/base_module/kernel" in outcome.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_optimiser_state_is_dropped_and_no_site() -> None:
@@ -139,7 +169,7 @@ def test_a_scale_from_the_user_is_refused(options: ScaleOptions) -> None:
 
 
 def test_trees_are_told_apart() -> None:
-    openpi = {
+    openpi: dict[str, tuple[int, ...]] = {
         "PaliGemma/llm/layers/attn/q_einsum/w": (1, 2, 3, 4),
         "PaliGemma/llm/layers/attn/q_einsum/lora_a": (1, 2, 3, 1),
         "PaliGemma/llm/layers/attn/q_einsum/lora_b": (1, 2, 1, 4),

@@ -266,7 +266,7 @@ def test_the_forward_that_a_site_states_is_the_layers(case: str, tmp_path: Path)
     assert len(sites) == len(tree.changed)
     rng = np.random.default_rng(2)
     for site in sites:
-        paths = [site.targets[0], site.factors["lora_a"], site.factors["lora_b"]]
+        paths = [site.targets[0], site.factors["lora_a"].path, site.factors["lora_b"].path]
         w, a, b = (tree.leaves[path[1 : len(path) - len(suffix)]].astype(np.float64) for path in paths)
         if "l" in site.parameters.equation.target:
             w, a, b = w[1], a[1], b[1]

@@ -210,6 +210,90 @@ def test_a_nested_base_is_compared_by_its_dotted_name() -> None:
     assert dotted(paths[1]) == wanted[1]
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (("state_dict", "module.model.x.weight"), "state_dict.model.x.weight"),
+        (("model", "_orig_mod.module.model.x.weight"), "model.model.x.weight"),
+        (("model", "a._orig_mod.x.weight"), "model.a.x.weight"),
+        (("model", "_orig_mod", "x", 0, "module.w"), "model.x.0.w"),
+        (("module", "x.weight"), "x.weight"),
+        (("module.x.weight",), "x.weight"),
+        # Within a tree of modules it may be the model's own.
+        (("model", "module", "x"), "model.module.x"),
+    ],
+)
+def test_wrappers_are_stripped_from_every_part(path: KeyPath, name: str) -> None:
+    assert dotted(path) == name
+
+
+@given(st.lists(WORDS, min_size=1, max_size=8).map(".".join))
+def test_a_path_of_one_part_is_its_name(name: str) -> None:
+    assert dotted((name,)) == clean_name(name)
+
+
+def test_containers_stay_in_names() -> None:
+    paths: list[KeyPath] = [(key, "module.x") for key in ("model", "ema", "state_dict", "optimizer")]
+    assert len(set(map(dotted, paths))) == len(paths)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model", "model_state_dict", "net", "network", "module", "params", "ema"]
+)
+@pytest.mark.parametrize(
+    ("wanted", "names", "model_type"),
+    [
+        ("model.", "model.", "llama"),
+        ("model.", "", "llama"),
+        ("", "model.", "llama"),
+        ("model.language_model.", "language_model.model.", "llava"),
+        ("model.language_model.", "model.", "qwen2_vl"),
+    ],
+)
+def test_training_files(key: str, wrapper: str, wanted: str, names: str, model_type: str) -> None:
+    paths: list[KeyPath] = [(key, f"{wrapper}{name}") for name in layers(names)]
+    beside: list[KeyPath] = [("optimizer", "state", 0, "exp_avg"), ("epoch",)]
+    for config in ({"model_type": model_type}, None):
+        assert match_names(layers(wanted), tree([*paths, *beside], config)) == dict(
+            zip(layers(wanted), paths, strict=True)
+        )
+
+
+def test_a_key_that_no_training_file_uses_is_not_looked_through() -> None:
+    assert match_names(layers(""), tree([("draft", name) for name in layers("")])) == {}
+
+
+@pytest.mark.parametrize("wanted", ["model.", ""])
+@pytest.mark.parametrize("keys", [("model", "ema"), ("ema", "model"), ("state_dict", "shadow"), ("module", "ema")])
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_two_models_in_one_file_are_ambiguous(keys: tuple[str, str], wanted: str, wrapper: str) -> None:
+    for names in (layers("model."), layers("")):
+        paths = [(keys[0], f"{wrapper}{name}") for name in names] + [(keys[1], name) for name in names]
+        if names != layers(wanted) and "shadow" in keys:
+            continue
+        with pytest.raises(UnmatchedAdapter, match="several models") as raised:
+            match_names(layers(wanted), tree(paths))
+        assert all(f"{key}/" in str(raised.value) for key in keys)
+
+
+def test_the_model_that_has_more_of_the_names_is_taken() -> None:
+    paths: list[KeyPath] = [("model", name) for name in layers("model.")]
+    average: list[KeyPath] = [("ema", name) for name in layers("model.")[:2]]
+    assert list(match_names(layers("model."), tree([*average, *paths])).values()) == paths
+    with pytest.raises(UnmatchedAdapter, match="several models"):
+        match_names(layers("model.")[:2], tree([*average, *paths]))
+
+
+def test_halves_of_a_nested_model_are_no_two_models() -> None:
+    paths: list[KeyPath] = [
+        (half, "layers", n, "q", "weight") for half in ("model", "mtp", "encoder") for n in range(2)
+    ]
+    wanted = [dotted(path) for path in paths]
+    for some in (wanted, wanted[:2], wanted[2:4], wanted[4:]):
+        assert list(match_names(some, tree(paths)).values()) == [path for path in paths if dotted(path) in some]
+
+
 def test_a_family_of_another_model_type_is_not_tried() -> None:
     assert matched(layers("model.language_model."), layers("language_model.model."), "llama") == {}
     assert matched(["m.mlp.gate.weight"], ["m.block_sparse_moe.gate.weight"], "qwen3_moe") == {}

@@ -5,6 +5,9 @@ Both compute ``x @ lora_a @ lora_b`` beside the layer's own output: there is no 
 ``X/lora_a`` and ``X/lora_b``. Layers made by `nnx.vmap` have one more axis in front of all three. A state that is saved as it is,
 and not as a pure dict, has ``value`` at the end of every path.
 
+A `LoRALinear` may have an inner ``lora`` that wraps a layer of its own: it computes ``x @ kernel + x @ base_module.kernel +
+x @ lora_a @ lora_b``. No layer without factors has both kernels, so that it is refused.
+
 Source: google/flax, ``flax/nnx/nn/lora.py``.
 """
 
@@ -79,16 +82,19 @@ class Nnx:
         claimed: dict[_Module, dict[str, TensorSpec]] = {}
         dropped: list[Dropped] = []
         strangers: list[KeyPath] = []
+        wrapped: list[KeyPath] = []
         for path, spec in index.tensors.items():
-            if not looks_like_adapter(path) or _is_wrapped(path):
+            if not looks_like_adapter(path):
                 continue
-            if _is_optimiser_leaf(path):
+            if _is_wrapped(path):
+                wrapped.append(path)
+            elif _is_optimiser_leaf(path):
                 dropped.append(Dropped(path, "optimiser state of an adapter that is merged"))
             elif _is_factor(path):
                 claimed.setdefault(_module(path), {})[_leaf(path)] = spec
             else:
                 strangers.append(path)
-        problems = [*_misused(options), *_unclaimed(strangers, where)]
+        problems = [*_misused(options), *_unclaimed(strangers, where), *_inseparable(index, wrapped, where)]
         sites: dict[KeyPath, AdapterSite] = {}
         for module, factors in claimed.items():
             found = _site(index, module, factors, where)
@@ -110,7 +116,7 @@ class Nnx:
         """See `Dialect.grouping`: what no adapter is on was left as it was."""
         under = {target for site in sites for target in site.targets}
         return {
-            path: "lora" if path in under else "adapter" if _is_adapter_leaf(path) else "frozen"
+            path: "lora" if path in under else "adapter" if looks_like_adapter(path) else "frozen"
             for path in index.tensors
         }
 
@@ -153,13 +159,12 @@ def _is_factor(path: KeyPath) -> bool:
 
 def _is_wrapped(path: KeyPath) -> bool:
     """Whether the leaf is a wrapped layer's own: what follows the last part that is spelled like an adapter's is `base_module`."""
-    parts = path[: len(path) - len(_suffix(path))]
-    last = max((place for place, part in enumerate(parts) if looks_like_adapter((part,))), default=len(parts))
-    return parts[last + 1 : last + 2] == ("base_module",)
+    return path[len(_wrapper(path)) :][:1] == ("base_module",)
 
 
-def _is_adapter_leaf(path: KeyPath) -> bool:
-    return looks_like_adapter(path) and not _is_wrapped(path)
+def _wrapper(path: KeyPath) -> KeyPath:
+    """The path up to the last part that is spelled like an adapter's."""
+    return path[: max((place + 1 for place, part in enumerate(path) if looks_like_adapter((part,))), default=0)]
 
 
 def _module(path: KeyPath) -> _Module:
@@ -176,10 +181,7 @@ def _inner_kernel(module: _Module) -> KeyPath:
 
 
 def _kernel(index: Index, module: _Module) -> KeyPath | None:
-    """The kernel that the module's factors are added to; None if there is none.
-
-    A `LoRALinear` whose inner `LoRA` wraps a layer of its own adds all three outputs up, so either kernel may take the delta.
-    """
+    """The kernel that the module's factors are added to; None if there is none."""
     inner = _inner_kernel(module)
     outer = (*module.path[:-1], "kernel", *module.suffix)
     if inner in index.tensors:
@@ -250,6 +252,35 @@ def _unclaimed(strangers: Sequence[KeyPath], where: str) -> list[Exception]:
             expected="<layer>/lora/lora_a beside <layer>/kernel, or <layer>/lora_a beside <layer>/base_module",
         )
     ]
+
+
+def _inseparable(index: Index, wrapped: Sequence[KeyPath], where: str) -> list[Exception]:
+    """Wrapped layers that a model without factors cannot hold under their names."""
+    if not wrapped:
+        return []
+    summed = [path for path in wrapped if _is_summed(index, path)]
+    if summed:
+        return [
+            UnmatchedAdapter(
+                "a LoRALinear whose lora wraps a layer of its own: no layer without factors adds up two kernels",
+                where=f"{where} :: {first_names(map(display, summed))}",
+                expected="factors alone under lora, or a LoRA around the only kernel",
+                hint="add the wrapped layer's kernel and bias to those beside lora, and save without lora_base_module",
+            )
+        ]
+    return [
+        UnmatchedAdapter(
+            "a wrapped layer below a module that is spelled like an adapter: after the merge it would be taken for one",
+            where=f"{where} :: {first_names(map(display, wrapped))}",
+            expected="lora in the names of adapters alone",
+            hint="rename the module",
+        )
+    ]
+
+
+def _is_summed(index: Index, path: KeyPath) -> bool:
+    wrapper = _wrapper(path)
+    return wrapper[-1:] == ("lora",) and (*wrapper[:-1], "kernel", *_suffix(path)) in index.tensors
 
 
 def _notes(sites: Sequence[AdapterSite]) -> tuple[str, ...]:

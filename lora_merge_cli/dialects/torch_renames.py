@@ -78,7 +78,7 @@ def _swapped(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
 
 
-def _types(names: str) -> frozenset[str]:
+def _words(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
@@ -95,7 +95,7 @@ _LANGUAGE_MODEL: Pairs = (
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llava",
-        _types(
+        _words(
             "llava llava_next llava_next_video llava_onevision vipllava video_llava paligemma shieldgemma2 gemma3 mistral3"
             " internvl aya_vision got_ocr2 pp_chart2table aria fuyu mllama qwen2_audio voxtral voxtral_realtime audioflamingo3"
             " musicflamingo glmasr granite_speech granite_speech_plus"
@@ -122,34 +122,34 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "qwen2_vl",
-        _types("qwen2_vl qwen2_5_vl"),
+        _words("qwen2_vl qwen2_5_vl"),
         prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")),
     ),
     Family(
         "text half of a vision-language model",
-        _types("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3n gemma3n_text"),
+        _words("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3n gemma3n_text"),
         prefixes=(("model.", "model.language_model."),),
     ),
     Family(
         "emu3",
-        _types("emu3"),
+        _words("emu3"),
         prefixes=(
             ("model.text_model.", "text_model.model."),
             ("lm_head.", "text_model.lm_head."),
             ("model.vqmodel.", "vqmodel."),
         ),
     ),
-    Family("gpt_neox", _types("gpt_neox"), prefixes=(("lm_head.", "embed_out."),)),
-    Family("nemotron_h", _types("nemotron_h"), prefixes=(("model.", "backbone."),)),
-    Family("mixtral", _types("mixtral minimax minimax_m2"), parts=(("mlp", "block_sparse_moe"),)),
+    Family("gpt_neox", _words("gpt_neox"), prefixes=(("lm_head.", "embed_out."),)),
+    Family("nemotron_h", _words("nemotron_h"), prefixes=(("model.", "backbone."),)),
+    Family("mixtral", _words("mixtral minimax minimax_m2"), parts=(("mlp", "block_sparse_moe"),)),
     Family(
         "phimoe",
-        _types("phimoe"),
+        _words("phimoe"),
         parts=(("mlp.router", "block_sparse_moe.gate"), ("mlp", "block_sparse_moe")),
     ),
     Family(
         "granitemoe",
-        _types("granitemoe granitemoeshared granitemoehybrid"),
+        _words("granitemoe granitemoeshared granitemoehybrid"),
         parts=(
             ("experts.gate_up_proj", "input_linear.weight"),
             ("experts.down_proj", "output_linear.weight"),
@@ -158,7 +158,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "vit",
-        _types("vit deit ijepa vit_mae vit_msn vivit audio-spectrogram-transformer"),
+        _words("vit deit ijepa vit_mae vit_msn vivit audio-spectrogram-transformer"),
         parts=(
             ("layers", "encoder.layer"),
             ("attention.q_proj", "attention.attention.query"),
@@ -171,7 +171,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "dinov2",
-        _types("dinov2 dinov2_with_registers"),
+        _words("dinov2 dinov2_with_registers"),
         parts=(
             ("attention.q_proj", "attention.attention.query"),
             ("attention.k_proj", "attention.attention.key"),
@@ -213,9 +213,9 @@ HEAD_PREFIXES: tuple[str, ...] = (
 )
 """What a model with a head, or a file with more than weights, puts before the names of the bare model."""
 
-CONTAINERS: frozenset[str] = frozenset(
+CONTAINERS = _words(
     "state_dict model_state_dict model_state model net network module params weights"
-    " ema ema_model model_ema ema_state_dict state_dict_ema params_ema ema_params teacher student".split()
+    " ema ema_model model_ema ema_state_dict state_dict_ema params_ema ema_params teacher student"
 )
 """Keys under which training files keep a model's state dict, beside what else they hold."""
 

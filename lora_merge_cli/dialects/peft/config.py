@@ -248,7 +248,9 @@ class _Fields:
         return value if isinstance(value, str) and value else None
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        value = self._raw.get(name, choices[0])
+        value = self._raw.get(name)
+        if value is None:
+            return choices[0]
         if value not in choices:
             self._malformed(name, " or ".join(choices))
             return choices[0]

@@ -1,7 +1,8 @@
 """PEFT: LoRA adapters of Hugging Face's library, saved as a directory with ``adapter_config.json`` beside the weights.
 
 The parts of the work, in order: `config` reads the configuration, `keys` claims every key, `names` finds the base's tensors,
-`tying` decides about tied embeddings, `riding` places what replaces values of the base, `sites` what is added to them.
+`saved` sees that what was trained whole is there, `tying` decides about tied embeddings, `riding` places what replaces values of
+the base, `sites` what is added to them.
 
 Source: huggingface/peft, ``src/peft/tuners/lora``.
 """
@@ -18,6 +19,7 @@ from lora_merge_cli.dialects.peft.keys import Keys, Layer, is_peft_name, read_ke
 from lora_merge_cli.dialects.peft.names import Names
 from lora_merge_cli.dialects.peft.patterns import rank_of
 from lora_merge_cli.dialects.peft.riding import read_rows, read_whole, vocabulary, whole_reason
+from lora_merge_cli.dialects.peft.saved import saved_problems
 from lora_merge_cli.dialects.peft.sites import (
     find_sites,
     layer_problems,
@@ -101,6 +103,7 @@ def _survey(
     notes: Sequence[str],
 ) -> Survey:
     names = Names(wanted_names(keys, base), base)
+    problems = [*problems, *saved_problems(keys, config, base, names, adapter.where)]
     tying = settle(keys, config, base, names, adapter.where)
     whole = read_whole(keys, config, base, names, adapter.where)
     replaced = [*whole.replacements, *tying.replaced]

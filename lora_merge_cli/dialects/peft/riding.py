@@ -10,6 +10,7 @@ from lora_merge_cli.dialects.interface import Tree
 from lora_merge_cli.dialects.peft.config import TOKENS, AdapterConfig
 from lora_merge_cli.dialects.peft.keys import Keys, Rows, Whole
 from lora_merge_cli.dialects.peft.names import Names, is_embedding, is_head, is_task_head, spelled
+from lora_merge_cli.dialects.peft.saved import saved_module
 from lora_merge_cli.dialects.torch_names import dotted, nearest_names
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import CorruptCheckpoint, ShapeMismatch, UnmatchedAdapter
@@ -37,7 +38,7 @@ def whole_reason(whole: Whole, config: AdapterConfig) -> str:
     module, _, leaf = whole.name.rpartition(".")
     if whole.wrapped:
         return "the base's own copy under an adapted layer"
-    if _saved_module(module, config):
+    if saved_module(module, config.modules_to_save) is not None:
         return "modules_to_save"
     if leaf == "bias" and config.bias != "none":
         return f"bias {config.bias}"
@@ -179,15 +180,8 @@ def _absent_rows(keys: Keys, config: AdapterConfig) -> list[str]:
     return [name for name in named if not is_head(name) and not any(_is_named(module, name) for module in keys.rows)]
 
 
-def _saved_module(module: str, config: AdapterConfig) -> bool:
-    """Whether a module, or one that it is in, was to be saved; PEFT compares ends of names."""
-    parts = module.split(".")
-    parents = (".".join(parts[: count + 1]) for count in range(len(parts)))
-    return any(parent.endswith(saved) for parent in parents for saved in config.modules_to_save)
-
-
 def _may_be_new(module: str, config: AdapterConfig) -> bool:
-    if _saved_module(module, config):
+    if saved_module(module, config.modules_to_save) is not None:
         return True
     return is_task_head(module) and (config.task in _TASKS or not config.stated)
 

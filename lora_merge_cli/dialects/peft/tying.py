@@ -6,23 +6,20 @@ What the trained model computes is what must come out, so the two are kept as se
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lora_merge_cli.dialects.interface import Tree
 from lora_merge_cli.dialects.peft.config import AdapterConfig
+from lora_merge_cli.dialects.peft.heads import has_no_head, saved_bare
 from lora_merge_cli.dialects.peft.keys import Keys, Layer, Rows, Whole
 from lora_merge_cli.dialects.peft.names import Names, is_embedding, is_head, module_of, spelled
 from lora_merge_cli.dialects.peft.patterns import scale_of
 from lora_merge_cli.dialects.torch_names import dotted
-from lora_merge_cli.errors import ShapeMismatch, UnmatchedAdapter, UnsupportedCheckpoint
+from lora_merge_cli.errors import CorruptCheckpoint, ShapeMismatch, UnmatchedAdapter, UnsupportedCheckpoint
 from lora_merge_cli.records import Created, Dropped, KeyPath, Replacement, TensorSpec
 
-_HEADLESS = re.compile(
-    r"(?!.*LMHead).*(?:Model|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)"
-)
 _BACKBONES = frozenset({"model", "transformer", "decoder", "gpt_neox", "backbone"})
 
 _MIRRORED = "the same as {other}: the two are tied, and trained as one (from the shapes; the values were not compared)"
@@ -101,6 +98,8 @@ def settle(keys: Keys, config: AdapterConfig, base: Tree, names: Names, where: s
     heads = [m for m in dict.fromkeys(modules) if is_head(m)]
     if not embeddings and not heads:
         return tying
+    if has_no_head(keys, config, base, names):
+        return tying
     pair = _pair(embeddings, heads, base, names)
     if pair is None:
         return tying
@@ -131,12 +130,13 @@ def _side(keys: Keys, module: str) -> _Side:
 
 
 def _pair(embeddings: list[str], heads: list[str], base: Tree, names: Names) -> _Pair | Exception | None:
-    """The two leaves if they are tied; None if they are not, or if the model has no such head."""
-    if _headless(base.config):
-        return None
+    """The two leaves if they are tied; None if they are not."""
     stored = {path: spec for path, spec in base.index.tensors.items() if len(spec.shape) == 2}
     ends = [path for path in stored if is_head(module_of(path)) and dotted(path).endswith(".weight")]
     placed = [path for module in heads if (path := names.path(f"{module}.weight")) is not None]
+    malformed = _malformed(base)
+    if malformed is not None:
+        return malformed
     if not _says_tied(base.config, bool(ends or placed)):
         return None
     touched = dict.fromkeys(path for module in embeddings if (path := names.path(f"{module}.weight")) is not None)
@@ -160,11 +160,20 @@ def _pair(embeddings: list[str], heads: list[str], base: Tree, names: Names) -> 
     return _Pair(start, spelled(_head_name(dotted(start), heads), base), False, shape)
 
 
-def _headless(config: Mapping[str, Any] | None) -> bool:
-    architectures = (config or {}).get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return False
-    return all(isinstance(name, str) and _HEADLESS.fullmatch(name) for name in architectures)
+def _malformed(base: Tree) -> CorruptCheckpoint | None:
+    """What is wrong with the configuration's word on whether the two are tied."""
+    config = base.config or {}
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, Mapping) else {}):
+        value = section.get("tie_word_embeddings")
+        if value is not None and not isinstance(value, bool):
+            return CorruptCheckpoint(
+                "tie_word_embeddings makes no sense",
+                where=f"{base.where} :: config.json",
+                expected="true or false",
+                found=repr(value)[:80],
+            )
+    return None
 
 
 def _says_tied(config: Mapping[str, Any] | None, has_head: bool) -> bool:
@@ -281,7 +290,7 @@ def _untie(tying: Tying, pair: _Pair, embedding: _Side, head: _Side, base: Tree,
         tying.replaced.append(_resized_copy(pair.embedding, head.copy))
     if not pair.stored:
         tying.created.append(Created(pair.head, pair.embedding, "the head is no longer tied to the embedding"))
-    if not pair.stored and dotted(pair.embedding).count(".") == 1:
+    if not pair.stored and (saved_bare(base) or dotted(pair.embedding).count(".") == 1):
         tying.warnings.append(
             "the base is saved without its head's class, and the result has a head beside it: Transformers 4 refuses such a "
             "checkpoint, 5 loads it"
@@ -313,7 +322,10 @@ def _cannot_untie(pair: _Pair, base: Tree) -> Iterator[Exception]:
             "an adapter on tied embeddings of an encoder and decoder: they cannot be untied without changing what the model computes",
             where=f"{base.where} :: {dotted(pair.embedding)}",
         )
-    if not pair.stored and "embeddings" in dotted(pair.embedding).split(".")[:-2]:
+    inside = "embeddings" in dotted(pair.embedding).split(".")[:-2]
+    # A model of several parts has its head in one of them, or beside them: a checkpoint without a head does not show which.
+    beside = saved_bare(base) and dotted(pair.head).count(".") > 1
+    if not pair.stored and (inside or beside):
         yield UnmatchedAdapter(
             "an adapter on tied embeddings, and a base whose head would have no certain name",
             where=f"{base.where} :: {dotted(pair.embedding)}",
