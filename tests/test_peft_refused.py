@@ -329,3 +329,36 @@ def test_an_output_inside_an_input(inside: str, base: Path, plain: Path, tmp_pat
     outcome = cases.attempt(inputs["base"], inputs["adapter"], out=inputs[inside] / "merged")
     assert outcome.code == 4
     assert outcome.error
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_saved_module_that_is_not_in_the_file(name: str, tied: bool, tmp_path: Path) -> None:
+    model = cases.small_model("llama", tie_word_embeddings=tied)
+    own = cases.save_base(model, tmp_path / "base")
+    config = LoraConfig(**R, target_modules=QV, modules_to_save=[name])
+    adapter = cases.save_adapter(model, config, tmp_path / "adapter")
+    cases.edit_factors(adapter, lambda found: {key: value for key, value in found.items() if name not in key})
+    _refused(own, adapter, tmp_path / "out", "trained whole", name)
+
+
+@pytest.mark.parametrize("name", ["scale_weight", "weight_scale_2", "scale"])
+def test_a_scaled_float8_base_that_keeps_its_dtype(name: str, base: Path, plain: Path, tmp_path: Path) -> None:
+    scaled = cases.copied(base, tmp_path / "base")
+    found = cases.tensors(base)
+    module = "model.layers.1.self_attn.q_proj"
+    found[f"{module}.weight"] = found[f"{module}.weight"].to(torch.float8_e4m3fn)
+    found[f"{module}.{name}"] = torch.full((1,), 0.01)
+    save_file(found, scaled / "model.safetensors", metadata={"format": "pt"})
+    outcome = cases.attempt(scaled, plain, out=tmp_path / "out", flags=("--dtype", "keep"))
+    assert (outcome.code, (tmp_path / "out").exists()) == (4, False), outcome.stderr
+    assert "quantised" in outcome.error
+    assert name in outcome.error
+
+
+def test_dora_on_layers_that_are_trained_as_one(tmp_path: Path) -> None:
+    tied = cases.small_model("llama", tie_word_embeddings=True)
+    own = cases.save_base(tied, tmp_path / "base")
+    config = LoraConfig(**R, target_modules=["embed_tokens"], use_dora=True, ensure_weight_tying=True)
+    adapter = cases.save_adapter(tied, config, tmp_path / "adapter")
+    _refused(own, adapter, tmp_path / "out", "lm_head", "not the same")

@@ -19,7 +19,7 @@ _QUANTISED = re.compile(
 )
 # Directories that are called so could hold any model.
 _NAMELESS = re.compile(
-    r"base|best|checkpoint|ckpt|dir(?:ectory)?|downloads?|dpo|epoch|exp(?:eriment)?|final|finetuned?|global|iter|last|latest|llm|lora"
+    r"base|best|cache|checkpoints?|ckpts?|data|dir(?:ectory)?|downloads?|dpo|epoch|exp(?:eriment)?|final|finetuned?|global|iter|last|latest|llm|lora"
     r"|main|merged|models?|new|old|original|out(?:puts?)?|peft|pretrained|pytorch|results?|root|run|safetensors|saved|sft|snapshot"
     r"|step|temp|test|tmp|train(?:ed|ing)?|tuned|weights"
 )

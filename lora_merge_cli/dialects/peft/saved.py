@@ -47,7 +47,7 @@ def saved_problems(keys: Keys, config: AdapterConfig, base: Tree, names: Names, 
     lost = [*_lost(base, saved, set(brought.values()), modules, live_prefix(keys, names))]
     if not has_no_head(keys, config, base, names):
         lost += [name for name in saved if is_head(name) and not _is_there(name, base, modules)]
-    if config.tied and any(is_embedding(module) or is_head(module) for module in modules):
+    if config.tied and any(map(_is_tied, brought)):
         # One tensor serves both, and one copy of it is enough.
         lost = [name for name in lost if not _is_tied(name)]
     if lost:
@@ -80,4 +80,5 @@ def _is_there(name: str, base: Tree, modules: set[str]) -> bool:
 
 
 def _is_tied(name: str) -> bool:
+    """Whether a module, or the module of a tensor, may be an end of tied embeddings."""
     return any(is_embedding(module) or is_head(module) for module in (name, name.rpartition(".")[0]))
