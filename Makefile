@@ -16,12 +16,14 @@ $(READY): pyproject.toml constraints.txt
 
 dev: $(READY)  ## Set up the virtual environment
 
-demo: $(READY)  ## Inspect, merge and verify a sample checkpoint, into demo_output/
+demo: $(READY)  ## Inspect, merge and verify sample checkpoints, into demo_output/
 	$(BIN)/lora-merge inspect sample_checkpoints/pi0_tiny/2999 --lora-alpha paligemma=8,action_expert=2
 	$(BIN)/lora-merge merge sample_checkpoints/pi0_tiny/2999 --lora-alpha paligemma=8,action_expert=2 \
 	    -o demo_output/2999 --overwrite --report demo_output/merged.json --report demo_output/merged.md
 	$(BIN)/lora-merge verify demo_output/2999 --against sample_checkpoints/pi0_tiny/2999 \
 	    --lora-alpha paligemma=8,action_expert=2 --report demo_output/verified.html
+	$(BIN)/lora-merge merge sample_checkpoints/llama_tiny/base --adapter sample_checkpoints/llama_tiny/adapter \
+	    -o demo_output/llama --overwrite --verify
 
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -n 2 $(TESTS)

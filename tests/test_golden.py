@@ -30,6 +30,18 @@ def expected_of(case: str) -> dict[str, np.ndarray]:
     return load_file(folder / case / "expected.safetensors")
 
 
+def test_a_model_with_its_adapter_beside_it(tmp_path: Path) -> None:
+    folder = SAMPLES / "llama_tiny"
+    flags = ["--adapter", folder / "adapter", "--dtype", "float32", "-o", tmp_path / "out"]
+    outcome = run("merge", folder / "base", *flags, "--verify")
+    assert outcome.code == 0, outcome.stderr
+    merged, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "expected.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, reference in expected.items():
+        error = np.abs(merged[name].astype(np.float64) - reference).max()
+        assert error <= TOLERANCE * np.abs(reference).max(), name
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_leaf_is_what_the_trainer_computes(case: str, tmp_path: Path) -> None:
     checkpoint, flags = CASES[case]
