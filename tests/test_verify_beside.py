@@ -114,11 +114,15 @@ def test_a_right_merge_by_others_passes(model: Model) -> None:
     assert found["untouched-bits"]["figures"]["leaves"] == 1
 
 
-def test_ours_passes_and_is_the_same(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.7, 0.0), (-1.5, 0.0), (0.7, -0.4)])
+def test_ours_passes_and_is_the_same(weights: tuple[float, float], model: Model, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("merge", model.base, "--adapter", model.adapter, "-o", out, "--verify").code == 0
+    adapters = ["--adapter", f"{model.adapter}@{weights[0]}"]
+    if weights[1]:
+        adapters += ["--adapter", f"{model.plain}@{weights[1]}"]
+    assert run("merge", model.base, *adapters, "-o", out, "--verify").code == 0
     merged = load_file(out / "model.safetensors")
-    for name, values in model.right().items():
+    for name, values in model.right(*weights).items():
         assert merged[name].dtype == values.dtype
         one_step = 2.0 ** -{"float32": 20, "bfloat16": 7, "float16": 10}[values.dtype.name]
         np.testing.assert_allclose(merged[name].astype(np.float64), values.astype(np.float64), rtol=one_step, atol=1e-6)
