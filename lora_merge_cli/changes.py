@@ -89,13 +89,10 @@ def leaf_changes(
 
     Raises:
         ShapeMismatch: A replacement does not fit its leaf.
-        UsageError: Of tensors that an adapter resized, some are left out.
         UnsupportedCheckpoint: Weights and replacements that have no meaning together.
     """
     index = inputs.checkpoint.source.index()
     created = {leaf.path: leaf.source for leaf in survey.created}
-    for found in selection.excluded_replacements:
-        _refuse_left_out_size(inputs, found)
     brings: dict[KeyPath, list[Replacement]] = {}
     for found in selection.replacements:
         weighed = with_fields(found, weight=found.weight * options.multiplier)
@@ -115,6 +112,30 @@ def leaf_changes(
         _refuse_meaningless(change, inputs)
         changes[path] = change
     return changes
+
+
+def config_changes(inputs: Inputs, survey: Survey, selection: Selection) -> Mapping[str, Any]:
+    """What changes in the model's configuration, for what is selected: a vocabulary keeps its size with its tensors.
+
+    Raises:
+        UsageError: Of the tensors that an adapter resized, only some are selected.
+    """
+    left_out = [found for found in selection.excluded_replacements if _resizes(inputs, found)]
+    if not left_out:
+        return survey.config
+    if any(_resizes(inputs, found) for found in selection.replacements):
+        raise UsageError(
+            "--include and --exclude leave out a tensor that has another size in the adapter, and take another such one",
+            where=display(left_out[0].target),
+            hint="take all resized tensors, or none",
+        )
+    return {key: value for key, value in survey.config.items() if key.split(".")[-1] != "vocab_size"}
+
+
+def _resizes(inputs: Inputs, found: Replacement) -> bool:
+    before = inputs.checkpoint.source.index().tensors.get(found.target)
+    spec = inputs.source(found.adapter).index().tensors[found.path]
+    return before is not None and found.rows is None and spec.shape != before.shape
 
 
 def output_dtype(change: LeafChange, options: MergeOptions, dialect: Dialect) -> np.dtype[Any]:
@@ -175,19 +196,6 @@ def _refuse_unfit_rows(inputs: Inputs, found: Replacement, start: TensorSpec) ->
             where=f"{source.path} :: {spec.name}",
             expected=start.dtype.name,
             found=spec.dtype.name,
-        )
-
-
-def _refuse_left_out_size(inputs: Inputs, found: Replacement) -> None:
-    spec = inputs.source(found.adapter).index().tensors[found.path]
-    before = inputs.checkpoint.source.index().tensors.get(found.target)
-    if before is not None and found.rows is None and spec.shape != before.shape:
-        raise UsageError(
-            "--include and --exclude leave out a tensor that has another size in the adapter",
-            where=display(found.target),
-            expected=spec.shape,
-            found=before.shape,
-            hint="take all resized tensors, or none of this adapter",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_merge_cli.changes import LeafChange, leaf_changes, output_dtype
+from lora_merge_cli.changes import LeafChange, config_changes, leaf_changes, output_dtype
 from lora_merge_cli.dtypes import is_float, is_float8
 from lora_merge_cli.errors import (
     AlreadyMerged,
@@ -162,7 +162,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         dropped=tuple(dropped),
         factors=factors,
         equal=survey.equal,
-        config=survey.config,
+        config=config_changes(inputs, survey, selection),
         multiplier=options.multiplier,
         serving_dtype=dialect.serving_dtype,
         notes=tuple(_notes(inputs, survey, selection)),

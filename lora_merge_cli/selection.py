@@ -48,7 +48,7 @@ def select(dialect: Dialect, survey: Survey, include: Sequence[str], exclude: Se
         UsageError: A glob matches none.
     """
     names: dict[KeyPath, tuple[KeyPath, ...]] = {
-        found.target: (found.target, dialect.canonical(found.target)) for found in survey.replacements
+        found.target: _leaf_names(dialect, found.target) for found in survey.replacements
     }
     names |= {site.targets[0]: _names(dialect, site) for site in survey.sites}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
@@ -75,6 +75,12 @@ def matches_any(names: Iterable[KeyPath], patterns: Sequence[str]) -> bool:
     """Whether a pattern matches a name, or the end of one from some separator on."""
     spellings = [spelled for pattern in patterns for spelled in (pattern, f"**/{pattern}")]
     return any(glob_matches(name, spelled) for name in names for spelled in spellings)
+
+
+def _leaf_names(dialect: Dialect, target: KeyPath) -> tuple[KeyPath, ...]:
+    """What a leaf may be called: its path, that without what all paths share, and its module."""
+    canonical = dialect.canonical(target)
+    return target, canonical, (*canonical[:-1], str(canonical[-1]).removesuffix(".weight"))
 
 
 def _names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:

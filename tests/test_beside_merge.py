@@ -278,3 +278,30 @@ def test_an_unscaled_float8_kernel_keeps_its_dtype(flags: list[str], tmp_path: P
     assert run("merge", tmp_path / "base.safetensors", "--adapter", adapter, "-o", out, *flags).code == 0
     ideal = (kernel.double() + 3 * b.double() @ a.double()).float().to(torch.float8_e4m3fn)
     assert torch.equal(load(out)["model.a.weight"].view(torch.uint8), ideal.view(torch.uint8))
+
+
+def test_a_resized_vocabulary_is_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    old = {name: rng.normal(size=(6, 4)).astype(np.float32) for name in names}
+    save_file({**old, "model.a.weight": rng.normal(size=(4, 4)).astype(np.float32)}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": False, "vocab_size": 6}))
+    tensors = {f"base_model.model.{name}": rng.normal(size=(9, 4)).astype(np.float32) for name in names}
+    stem = "base_model.model.model.a"
+    tensors |= {
+        f"{stem}.lora_A.weight": np.ones((2, 4), np.float32),
+        f"{stem}.lora_B.weight": np.ones((4, 2), np.float32),
+    }
+    adapter = peft_adapter(tmp_path / "adapter", tensors)
+    flags = ["merge", base, "--adapter", adapter, "-o", out, "--overwrite", "--verify"]
+    for more, size in (([], 9), (["--include", "model.a.*"], 6), (["--exclude", "a"], 9)):
+        assert run(*flags, *more).code == 0
+        assert json.loads((out / "config.json").read_text())["vocab_size"] == size
+        from safetensors.numpy import load_file
+
+        assert {values.shape for name, values in load_file(out / "model.safetensors").items() if name in names} == {
+            (size, 4)
+        }
+    assert run(*flags, "--exclude", "lm_head*").code == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_merge_cli.changes import LeafChange, leaf_changes, output_dtype
+from lora_merge_cli.changes import LeafChange, config_changes, leaf_changes, output_dtype
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from lora_merge_cli.inputs import Inputs, survey_inputs
@@ -120,7 +120,7 @@ def expect(
     if selection.excluded:
         total = len(survey.sites) + len(survey.replacements)
         notes.append(f"{selection.excluded} of {total} adapters are left out by --include and --exclude")
-    return Expectation(leaves, sites, tuple(notes), claimed, survey.config)
+    return Expectation(leaves, sites, tuple(notes), claimed, config_changes(inputs, survey, selection))
 
 
 def _expected_dtype(inputs: Inputs, change: LeafChange, options: MergeOptions) -> np.dtype[Any] | None:
