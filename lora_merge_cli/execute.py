@@ -121,18 +121,22 @@ class Execution:
             )
 
     def _refuse_silence(self) -> None:
-        additive = [site for site in self.silent if site.operation == AddDelta.name]
-        if any(found.weight != 0 for found in self._plan.replacements):
+        plan = self._plan
+        silent = {id(site) for site in self.silent if site.operation == AddDelta.name}
+        speaking = any(site.weight and id(site) not in silent for site in plan.sites)
+        if any(found.weight for found in plan.replacements) or (speaking and plan.multiplier):
             return
-        weights = [site.weight for site in self._plan.sites if site not in additive]
-        if self._plan.multiplier == 0 or not any(weights):
-            why = "a factor of each site is zero" if self._plan.multiplier and self._plan.sites else "its weight is 0"
-            why = "--scale is 0" if self._plan.multiplier == 0 else why
-            raise NothingToMerge(
-                f"every delta is zero: {why}",
-                where=self._inputs.source(self._plan.sites[0].adapter if self._plan.sites else None).path,
-                hint="the adapter was never trained, or this is the wrong step",
-            )
+        if plan.multiplier == 0:
+            why = "--scale is 0"
+        elif any(site.weight for site in plan.sites):
+            why = "a factor of each site is zero"
+        else:
+            why = "its weight is 0"
+        raise NothingToMerge(
+            f"every delta is zero: {why}",
+            where=self._inputs.source(plan.sites[0].adapter if plan.sites else None).path,
+            hint="the adapter was never trained, or this is the wrong step",
+        )
 
     def _refuse_unequal(self, one: KeyPath, other: KeyPath) -> None:
         tensors = self._source.index().tensors
