@@ -25,7 +25,7 @@ from lora_merge_cli.placing import (
     AUTO,
     Placement,
     companions_size,
-    config_changes,
+    config_corrections,
     copy_companions,
     lost_config,
     placement,
@@ -129,7 +129,7 @@ class Prepared:
         plan, checkpoint = self.plan, self.inputs.checkpoint
         output = self.request.output
         notes = [*plan.notes, *plan.model.advice]
-        notes += [f"config.json: {key} becomes {value}" for key, value in config_changes(checkpoint, plan).items()]
+        notes += [f"config.json: {key} becomes {value}" for key, value in config_corrections(checkpoint, plan).items()]
         if checkpoint.left_out:
             notes.append(f"left out: {', '.join(checkpoint.left_out)}")
         if self.placement.is_file and (checkpoint.companions or checkpoint.assets):

@@ -85,7 +85,7 @@ def copy_companions(checkpoint: Checkpoint, plan: MergePlan, stage: Path) -> Non
         source, target = checkpoint.directory / name, stage / name
         with filesystem(source):
             target.parent.mkdir(parents=True, exist_ok=True)
-            changes = config_changes(checkpoint, plan) if name == _CONFIG else {}
+            changes = config_corrections(checkpoint, plan) if name == _CONFIG else {}
             if changes and checkpoint.config is not None:
                 corrected = corrected_config(checkpoint.config, changes)
                 target.write_text(json.dumps(corrected, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def companions_size(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def config_changes(checkpoint: Checkpoint, plan: MergePlan) -> Mapping[str, Any]:
+def config_corrections(checkpoint: Checkpoint, plan: MergePlan) -> Mapping[str, Any]:
     """What the merge changes in config.json, by dotted key: what the adapters say, and the dtype where leaves have another."""
     return {**plan.config, **dict(_dtype_changes(checkpoint.config or {}, plan))}
 

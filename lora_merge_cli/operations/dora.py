@@ -31,7 +31,7 @@ class Dora:
             gain = factors["magnitude"].astype(np.float64).reshape(norms.shape) / norms
         if not np.isfinite(gain).all():
             raise NonFiniteInput(
-                "a row of kernel and delta is zero, and DoRA divides by its norm",
+                "a row of kernel and delta is zero or not finite, and DoRA divides by its norm",
                 where=site.name,
                 found=f"{int(np.sum(~np.isfinite(gain)))} of {gain.size} rows",
             )
