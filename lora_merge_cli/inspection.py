@@ -24,7 +24,7 @@ from lora_merge_cli.dialects import (
     looks_like_adapter,
 )
 from lora_merge_cli.dtypes import is_float
-from lora_merge_cli.errors import UnknownFormat, UnknownScale
+from lora_merge_cli.errors import UnknownFormat, UnknownScale, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
@@ -170,6 +170,7 @@ def inspect(request: InspectRequest) -> Inspection:
 
     Raises:
         InputError: The checkpoint, or the base, is missing, unreadable or of unknown format.
+        UsageError: Options that do not go together.
     """
     alone = None if request.adapters else _adapter_alone(request)
     if alone is not None:
@@ -177,7 +178,7 @@ def inspect(request: InspectRequest) -> Inspection:
     inputs = open_inputs(
         request.checkpoint,
         request.adapters,
-        base=None if request.adapters else request.base,
+        base=request.base,
         step=request.step,
         dialect=request.dialect,
     )
@@ -198,6 +199,7 @@ def inspect(request: InspectRequest) -> Inspection:
     if checkpoint.left_out:
         notes.append(f"beside it, not part of a merge: {', '.join(checkpoint.left_out)}")
     adapter_parameters = sum(index.tensors[path].size for path, group in groups.items() if group == "adapter")
+    reader = FactorReader(inputs) if request.stats else None
     adapters = tuple(_adapter_record(inputs, number, survey, request.scales) for number in range(len(inputs.adapters)))
     return Inspection(
         path=str(checkpoint.source.path),
@@ -212,7 +214,7 @@ def inspect(request: InspectRequest) -> Inspection:
         nbytes=index.nbytes,
         dtypes=_bytes_by_dtype(index),
         adapter_parameters=adapter_parameters + sum(adapter.parameters for adapter in adapters),
-        sites=tuple(_site_row(inputs, survey, site, request.stats) for site in survey.sites),
+        sites=tuple(_site_row(inputs, survey, site, reader) for site in survey.sites),
         groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         problems=tuple(problems),
         notes=tuple(notes),
@@ -251,6 +253,12 @@ def _adapter_alone(request: InspectRequest) -> tuple[Checkpoint, AdapterDialect]
 
 
 def _inspect_adapter(request: InspectRequest, opened: Checkpoint, dialect: AdapterDialect) -> Inspection:
+    if request.base is not None or request.stats:
+        raise UsageError(
+            "--base and --stats are not for an adapter alone",
+            where=opened.source.path,
+            hint="give its base, and the adapter after --adapter",
+        )
     index = opened.source.index()
     summary = dialect.describe(tree_of(opened), request.scales)
     record = _described(opened, dialect, summary, 1.0, None)
@@ -357,7 +365,7 @@ def _advice(
     return (command, *serving)
 
 
-def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, stats: bool) -> SiteRow:
+def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, reader: FactorReader | None) -> SiteRow:
     created = {leaf.path: leaf.source for leaf in survey.created}
     target = site.targets[0]
     spec = inputs.checkpoint.source.index().tensors[created.get(target, target)]
@@ -374,7 +382,7 @@ def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, stats: bool) ->
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=site_stats(inputs.checkpoint, spec, site, FactorReader(inputs).read(site)) if stats else None,
+        stats=None if reader is None else site_stats(inputs.checkpoint, spec, site, reader.read(site)),
         adapter=site.adapter,
         weight=site.weight,
     )

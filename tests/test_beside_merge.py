@@ -305,3 +305,19 @@ def test_a_resized_vocabulary_is_taken_whole_or_not_at_all(tmp_path: Path) -> No
             (size, 4)
         }
     assert run(*flags, "--exclude", "lm_head*").code == 2
+
+
+def test_options_of_inspect_that_an_adapter_has_no_use_for(either: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = either
+    factors = {"lora_A": (2, 4), "lora_B": (4, 2)}
+    stem = "base_model.model.model.a"
+    adapter = peft_adapter(
+        tmp_path / "a", {f"{stem}.{part}.weight": np.ones(shape, np.float32) for part, shape in factors.items()}
+    )
+    assert run("inspect", adapter).code == 0
+    for flags in (["--stats"], ["--base", base]):
+        assert (run("inspect", adapter, *flags).code, run("inspect", adapter, *flags).stdout) == (2, "")
+    assert run("inspect", base, "--adapter", adapter, "--base", base).code == 2
+    shown = run("inspect", base, "--adapter", adapter, "--stats", "--json").json
+    assert shown["adapters"][0]["matched"] == shown["adapters"][0]["leaves"] == 2
+    assert shown["sites"][0]["stats"]["non_finite"] == 0
