@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from hypothesis import strategies as st
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.lowrank import delta_singular_values, input_basis
-from lora_merge_cli.operations import KernelUpdate, operation_named, tile_of
-from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, full_region, grid
+from lora_merge_cli.operations import KernelUpdate, cut, cutting, operation_named
+from lora_merge_cli.records import AdapterSite, Forward, LowRank, Scale, even_part, full_region, grid, slab
 from lora_merge_cli.survival import Moments, Survival
 from tests.checkpoints import save_step
 from tests.command import run
@@ -73,20 +72,21 @@ def compute(
     site = site_for(equation, EQUATIONS[equation]["r"], scale)
     update = update_of(site, w, a, b, dtype_named(dtype))
     result = np.empty(w.shape, dtype_named(dtype))
-    tiles = list(grid(full_region(w.shape), small_tile(site, w.shape)))
+    blocks = list(grid(full_region(w.shape), cut(site.parameters.equation, w.shape).block))
     if order is not None:
-        order.shuffle(tiles)
-    for tile in tiles:
-        part = None if base is None else base[tile]
-        result[tile] = update.step(tile, w[tile], part).result()
+        order.shuffle(blocks)
+    for block in blocks:
+        fused = update.compute(block, w[block], None if base is None else base[block])
+        result[block] = update.take(block, w[block], fused)
     return result, update.finish()
 
 
-def small_tile(site: AdapterSite, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tile that splits inputs and outputs too."""
-    batch = site.parameters.equation.batch
-    dims = site.parameters.equation.target
-    return tuple(1 if dim in batch else max(1, n // 2) for dim, n in zip(dims, shape, strict=True))
+@pytest.fixture(params=["whole", "small", "ragged"])
+def cutting_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny kernels in one block, in many, and in blocks that end in a part of a tile."""
+    tile, block = {"whole": (2**19, 2**22), "small": (20, 60), "ragged": (30, 70)}[request.param]
+    monkeypatch.setattr(cutting, "TILE_ENTRIES", tile)
+    monkeypatch.setattr(cutting, "BLOCK_ENTRIES", block)
 
 
 def naive(
@@ -126,6 +126,7 @@ def naive(
 @pytest.mark.parametrize(
     ("dtype", "std"), [("float32", 0.05), ("bfloat16", 0.01), ("bfloat16", 0.05), ("float16", 0.05)]
 )
+@pytest.mark.usefixtures("cutting_sizes")
 def test_figures_are_the_defined_ones(equation: str, dtype: str, std: float) -> None:
     a, b, w = make(equation, 3, std)
     result, layers = compute(equation, a, b, w, dtype)
@@ -142,7 +143,8 @@ def test_figures_are_the_defined_ones(equation: str, dtype: str, std: float) -> 
 
 
 @pytest.mark.parametrize("equation", EQUATIONS)
-def test_order_of_tiles_changes_no_bit(equation: str) -> None:
+@pytest.mark.usefixtures("cutting_sizes")
+def test_order_of_blocks_changes_no_bit(equation: str) -> None:
     a, b, w = make(equation, 4, 0.05)
     first, layers = compute(equation, a, b, w, "bfloat16")
     again, shuffled = compute(equation, a, b, w, "bfloat16", order=np.random.default_rng(1))
@@ -212,38 +214,40 @@ def test_unfinished_updates_are_noticed() -> None:
     site = site_for("ir,ro->io", 3, 1.0)
     update = update_of(site, w, a, b, np.dtype(np.float32))
     half = (slice(0, 6), slice(0, 10))
-    update.step(half, w[half], None).result()
-    with pytest.raises(RuntimeError, match="not every tile"):
+    update.take(half, w[half], update.compute(half, w[half], None))
+    with pytest.raises(RuntimeError, match="not every block"):
         update.finish()
 
 
 @given(st.lists(st.integers(1, 5000), min_size=2, max_size=5))
-def test_tiles_depend_on_the_shape_alone_and_stay_small(shape: list[int]) -> None:
+def test_a_cut_covers_the_kernel_in_whole_rows(shape: list[int]) -> None:
     dims = "lnhd"[-len(shape) :] if len(shape) < 5 else "lcndh"
     equation = f"{dims[:-1]}r,{dims[0]}r{dims[-1]}->{dims}" if len(shape) > 2 else "nr,rd->nd"
-    site = site_for(equation, 4, 1.0)
-    tile = tile_of([site.parameters.equation], shape)
-    assert all(1 <= part <= max(n, 1) for part, n in zip(tile, shape, strict=True))
-    assert int(np.prod(tile)) <= 2**20
-    for dim, part in zip(site.parameters.equation.target, tile, strict=True):
-        assert part == 1 or dim not in site.parameters.equation.batch
+    made = cut(Equation(equation), shape)
+    assert made.matrices * made.rows * made.columns == int(np.prod(shape))
+    assert made.block[-1] == shape[-1]
+    assert made.block_rows % made.tile_rows == 0
+    one_row = shape[-1]
+    assert int(np.prod(made.block)) <= max(cutting.BLOCK_ENTRIES, one_row)
+    assert made.tile_rows * one_row <= max(cutting.TILE_ENTRIES, one_row)
+    if int(np.prod(made.block)) > made.rows * made.columns:
+        assert made.rows % made.tile_rows == 0
 
 
-def test_no_two_sites_of_a_real_model_need_more_than_a_few_compilations() -> None:
-    shapes = {
-        "lndr,lnrh->lndh": (18, 8, 2048, 256),
-        "lckdr,lckrh->lckdh": (18, 2, 1, 2048, 256),
-        "lnhr,lmrd->lnhd": (18, 8, 256, 2048),
-        "lgdr,lgrf->lgdf": (18, 2, 2048, 16384),
-        "lfr,lrd->lfd": (18, 16384, 2048),
-    }
-    matrices = set()
-    for equation, shape in shapes.items():
-        site = site_for(equation, 16, 1.0)
-        tile = tile_of([site.parameters.equation], shape)
-        matrices.add(tuple(itertools.accumulate(t for t in tile if t > 1))[-1:] + tile[-1:])
-        assert all(n % part == 0 for n, part in zip(shape, tile, strict=True)), (equation, tile)
-    assert len(matrices) <= 2
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 200))
+def test_blocks_are_runs_of_rows(shape: list[int], limit: int) -> None:
+    extents = slab(shape, limit)
+    assert int(np.prod(extents)) <= limit
+    flat = np.arange(int(np.prod(shape))).reshape(shape)
+    seen = [flat[region].ravel() for region in grid(full_region(shape), extents)]
+    assert np.concatenate(seen).tolist() == flat.ravel().tolist()
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_even_parts_are_few_and_fit(extent: int, limit: int) -> None:
+    part = even_part(extent, limit)
+    assert 1 <= part <= min(extent, limit)
+    assert -(-extent // part) <= 2 * -(-extent // limit)
 
 
 def test_the_spectrum_is_that_of_the_merged_delta(tmp_path: Path) -> None:

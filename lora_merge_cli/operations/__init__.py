@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lora_merge_cli.operations.add_delta import AddDelta
+from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.dora import Dora
 from lora_merge_cli.operations.interface import Contribution, Operation
-from lora_merge_cli.operations.update import KernelUpdate, OutputNorms, PendingTile, tile_of
+from lora_merge_cli.operations.update import KernelUpdate, OutputNorms
 
 OPERATIONS: tuple[Operation, ...] = (AddDelta(), Dora())
 
@@ -18,10 +19,10 @@ def operation_named(name: str) -> Operation:
 __all__ = [
     "OPERATIONS",
     "Contribution",
+    "Cut",
     "KernelUpdate",
     "Operation",
     "OutputNorms",
-    "PendingTile",
+    "cut",
     "operation_named",
-    "tile_of",
 ]

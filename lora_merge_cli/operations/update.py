@@ -1,10 +1,9 @@
-"""One kernel being changed, tile by tile, by all its adapters at once."""
+"""One kernel being changed, block by block, by all its adapters at once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,41 +12,22 @@ from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
 from lora_merge_cli.lowrank import input_basis
+from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.interface import Contribution
-from lora_merge_cli.records import Array, Region, region_shape
+from lora_merge_cli.records import Array, Region
 from lora_merge_cli.survival import Moments, Realised
 
 if TYPE_CHECKING:
-    from lora_merge_cli.numerics import FusedTile, Operands
-
-_TILE_ENTRIES = 2**19
-_TILE_COLUMNS = 2048
-_ALIGNMENT = 128
-
-
-def tile_of(equations: Sequence[Equation], shape: Sequence[int]) -> tuple[int, ...]:
-    """The extents that a kernel is computed in: a function of its shape and the kind of its sites alone.
-
-    One index of every batch dim, at most 2048 columns, some half a million entries.
-    """
-    batch = {axis for equation in equations for axis, dim in enumerate(equation.target) if dim in equation.batch}
-    tile = [1 if axis in batch else n for axis, n in enumerate(shape)]
-    tile[-1] = _even_part(tile[-1], _TILE_COLUMNS)
-    for axis, extent in enumerate(tile[:-1]):
-        excess = -(-math.prod(tile) // _TILE_ENTRIES)
-        if excess > 1:
-            tile[axis] = max(1, extent // excess)
-    return tuple(tile)
+    from lora_merge_cli.numerics import FusedBlock
 
 
 class KernelUpdate:
     """The kernel of all sites with one target.
 
-    A tile has one index of every batch dim, so it is a matrix: inputs by outputs, or the other way round where the trainer stores
-    it so. One compiled function then serves every kind of site.
+    Blocks may be computed at the same time, and are taken one after the other.
 
-    Law: the values of a tile depend on the leaf's shape, the contributions and the tile alone, not on the order or the grouping
-    in which tiles are asked for.
+    Law: the values of a block depend on the leaf's shape, the contributions and the block alone, not on the order in which blocks
+    are asked for.
 
     Args:
         where: The kernel as errors name it.
@@ -63,197 +43,223 @@ class KernelUpdate:
         self,
         where: str,
         equation: Equation,
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         contributions: Sequence[Contribution],
         dtype: np.dtype[Any],
         serving_dtype: np.dtype[Any],
         device: Any,
     ) -> None:
         self._where = where
-        self._equation = equation
-        self._shape = shape
-        self._dtype = dtype
-        self._serving_dtype = serving_dtype
-        self._device = device
-        batch, inputs = equation.batch, equation.inputs
-        self._outputs_first = outputs_first(equation)
-        self._a = np.concatenate([part.a for part in contributions], axis=-1)
-        self._b = np.concatenate([part.b for part in contributions], axis=len(batch))
+        self._cut = cut(equation, shape)
+        self._dtype, self._serving_dtype, self._device = dtype, serving_dtype, device
+        batch = len(equation.batch)
+        a = np.concatenate([part.a for part in contributions], axis=-1)
+        b = np.concatenate([part.b for part in contributions], axis=batch)
         gains = [part.gain for part in contributions if part.gain is not None]
-        self._gain = sum(gains[1:], gains[0]).astype(FLOAT32) if gains else None
-        self._basis = input_basis(self._a, len(batch))
-        self._unit = _delta_unit(self._a, self._b, self._gain)
-        self._stacked = equation.stacked
-        self._layers = tuple(Moments() for _ in range(shape[0] if self._stacked else 1))
-        self._projections: dict[tuple[int, ...], _Projection] = {}
-        self._middles: dict[tuple[int, ...], Array] = {}
-        self._input_entries = math.prod(self._a.shape[len(batch) : len(batch) + len(inputs)])
+        gain = sum(gains[1:], gains[0]).astype(FLOAT32) if gains else None
+        self._unit = _delta_unit(a, b, gain)
+        self._operands = _Operands(self._cut, a, b, input_basis(a, batch), gain)
+        self._layers = tuple(Moments() for _ in range(shape[0] if equation.stacked else 1))
+        self._rows_per_layer = self._cut.matrices * self._cut.rows // max(1, len(self._layers))
+        self._projections: dict[int, _Projection] = {}
 
-    def step(self, region: Region, kernel: Array, base: Array | None) -> PendingTile:
-        """Start computing one tile.
+    def compute(self, region: Region, kernel: Array, base: Array | None) -> FusedBlock:
+        """Compute one block; keeps nothing, so any thread may.
 
         Args:
-            region: Where the tile lies in the leaf.
+            region: Where the block lies in the leaf.
             kernel: The values there that the adapters change, in the stored dtype.
-            base: The values to change instead, float32; None to use the kernel's.
+            base: The values to change instead; None to use the kernel's.
         """
-        from lora_merge_cli.numerics import fuse_tile
+        from lora_merge_cli.numerics import Block, fuse_block
 
-        batch, inputs, outputs = split(self._equation, region)
-        operands = self._operands(batch, inputs, outputs)
-        rows, columns = (_entries(inputs), _entries(outputs))
-        matrix = (columns, rows) if self._outputs_first else (rows, columns)
-        tile = fuse_tile(
-            kernel.reshape(matrix),
-            None if base is None else base.reshape(matrix),
-            operands,
-            self._unit,
-            outputs_first=self._outputs_first,
+        shape = self._cut
+        first, rows = shape.rows_of(region)
+        left, right, basis, gain = self._operands.of(first, rows)
+        block = Block(
+            kernel=_padded(kernel.reshape(rows, -1), shape.block_rows),
+            base=None if base is None else _padded(base.reshape(rows, -1), shape.block_rows),
+            left=left,
+            right=right,
+            basis=basis,
+            gain=gain,
+            unit=self._unit,
+            tiles=np.int32(-(-rows // shape.tile_rows)),
+        )
+        return fuse_block(
+            block,
+            tile_rows=shape.tile_rows,
+            outputs_first=shape.outputs_first,
             dtype=self._dtype.name,
             serving_dtype=self._serving_dtype.name,
             device=self._device,
         )
-        return PendingTile(self, region, kernel, tile)
 
-    def finish(self) -> tuple[Moments, ...]:
-        """The sums per layer; one entry for a leaf that stacks no layers.
-
-        Raises:
-            RuntimeError: Some tile was never asked for.
-        """
-        if self._projections or sum(m.entries for m in self._layers) != math.prod(self._shape):
-            raise RuntimeError(f"{self._where}: not every tile was computed")
-        return self._layers
-
-    def take(self, region: Region, kernel: Array, tile: FusedTile) -> Array:
-        """Check a finished tile, add its sums, and return its values.
+    def take(self, region: Region, kernel: Array, fused: FusedBlock) -> Array:
+        """Check a computed block, add its sums, and return its values.
 
         Raises:
             NonFiniteInput: The kernel has a NaN or Inf there.
             Unrepresentable: A finite result is not finite in the stored dtype.
         """
+        first, rows = self._cut.rows_of(region)
+        values = fused.values[:rows]
         # Sums that are finite have finite terms; the others need a look at the values themselves.
-        if not np.isfinite(tile.kernel_sq).all() and not np.isfinite(kernel).all():
+        if not np.isfinite(fused.kernel_sq).all() and not np.isfinite(kernel).all():
             raise NonFiniteInput(
                 "a kernel under an adapter is not finite",
                 where=self._where,
                 expected="finite values",
                 found=f"NaN or Inf in {_spell(region)}",
             )
-        stored = tile.realised[self._dtype.name]
-        if not np.isfinite(stored.error_sq).all() and not np.isfinite(tile.values).all():
+        if not np.isfinite(fused.realised[self._dtype.name].error_sq).all() and not np.isfinite(values).all():
             raise Unrepresentable(
                 f"the merged kernel overflows {self._dtype.name}",
                 where=self._where,
                 found=f"a result beyond its range in {_spell(region)}",
                 hint="use --dtype float32 or bfloat16",
             )
-        layer = self._layers[region[0].start if self._stacked else 0]
+        for layer, part in self._by_layer(first, rows):
+            self._layers[layer].add(self._sums(fused, part))
+        self._project(first, rows, fused)
+        return np.asarray(values).reshape([part.stop - part.start for part in region])
+
+    def finish(self) -> tuple[Moments, ...]:
+        """The sums per layer; one entry for a leaf that stacks no layers.
+
+        Raises:
+            RuntimeError: Some block was never taken.
+        """
+        if self._projections or sum(layer.entries for layer in self._layers) != math.prod(self._cut.shape):
+            raise RuntimeError(f"{self._where}: not every block was computed")
+        return self._layers
+
+    def _by_layer(self, first: int, rows: int) -> Iterator[tuple[int, slice]]:
+        """Each layer that a block has rows of, and which of the block's rows these are."""
+        per_layer = self._rows_per_layer
+        for layer in range(first // per_layer, -(-(first + rows) // per_layer)):
+            start, stop = layer * per_layer - first, (layer + 1) * per_layer - first
+            yield layer, slice(max(0, start), min(rows, stop))
+
+    def _sums(self, fused: FusedBlock, part: slice) -> Moments:
         unit = float(self._unit) ** 2
-        layer.add(
-            Moments(
-                delta_sq=_total(tile.delta_sq) * unit,
-                kernel_sq=_total(tile.kernel_sq),
-                max_abs=float(tile.max_abs),
-                entries=tile.values.size,
-                realised={
-                    name: Realised(
-                        q_dot_d=_total(sums.q_dot_d) * unit,
-                        error_sq=_total(sums.error_sq) * unit,
-                        unchanged=int(np.sum(sums.unchanged, dtype=np.int64)),
-                    )
-                    for name, sums in tile.realised.items()
-                },
-            )
-        )
-        self._project(region, tile, layer)
-        return np.asarray(tile.values).reshape(region_shape(region))
-
-    def _operands(self, batch: Any, inputs: Any, outputs: Any) -> Operands:
-        from lora_merge_cli.numerics import Operands
-
-        a = self._a[(*batch, *inputs)]
-        a = a.reshape(-1, a.shape[-1])
-        return Operands.on_device(
-            a,
-            self._b_matrix(batch, outputs),
-            self._basis[(*batch, *inputs)].reshape(a.shape),
-            None if self._gain is None else self._gain[(*batch, *outputs)].reshape(-1),
-            outputs_first=self._outputs_first,
-            device=self._device,
+        tiles = slice(part.start // self._cut.tile_rows, -(-part.stop // self._cut.tile_rows))
+        return Moments(
+            delta_sq=0.0 if fused.delta_sq is None else _total(fused.delta_sq[part]) * unit,
+            kernel_sq=_total(fused.kernel_sq[part]),
+            max_abs=float(fused.max_abs[tiles].max(initial=0.0)),
+            entries=(part.stop - part.start) * self._cut.columns,
+            realised={
+                name: Realised(
+                    q_dot_d=0.0 if sums.q_dot_d is None else _total(sums.q_dot_d[part]) * unit,
+                    error_sq=_total(sums.error_sq[part]) * unit,
+                    unchanged=int(np.sum(sums.unchanged[part], dtype=np.int64)),
+                )
+                for name, sums in fused.realised.items()
+            },
         )
 
-    def _project(self, region: Region, tile: FusedTile, layer: Moments) -> None:
-        """Add ``U^T q`` of a tile; once all inputs of its outputs are in, compare it with ``U^T d``."""
-        batch, inputs, outputs = split(self._equation, region)
-        key = (*batch, *(part.start for part in outputs))
-        projection = self._projections.setdefault(key, _Projection())
-        projection.covered += math.prod(region_shape(inputs))
-        for name, sums in tile.realised.items():
-            seen = projection.realised.get(name)
-            values = self._rank_first(sums.projected)
-            projection.realised[name] = values if seen is None else seen + values
-        if tile.projected_delta is not None:
-            projection.ideal = projection.ideal + self._rank_first(tile.projected_delta)
-        if projection.covered < self._input_entries:
-            return
-        del self._projections[key]
-        ideal = projection.ideal if self._gain is not None else self._ideal_projection(batch, outputs)
-        for name, values in projection.realised.items():
+    def _project(self, first: int, rows: int, fused: FusedBlock) -> None:
+        """Add ``U^T q`` of a block; compare it with ``U^T d`` for each matrix all of whose rows are in."""
+        shape = self._cut
+        projected = {name: sums.projected for name, sums in fused.realised.items()}
+        if fused.projected_delta is not None:
+            projected[_IDEAL] = fused.projected_delta
+        for matrix in range(first // shape.rows, -(-(first + rows) // shape.rows)):
+            start, stop = max(first, matrix * shape.rows), min(first + rows, (matrix + 1) * shape.rows)
+            seen = self._projections.setdefault(matrix, _Projection(shape))
+            for name, values in projected.items():
+                if shape.outputs_first:
+                    outputs = slice(start - matrix * shape.rows, stop - matrix * shape.rows)
+                    seen.add(name, outputs, values[start - first : stop - first].T)
+                else:
+                    seen.add(name, slice(None), values[matrix - first // shape.rows])
+            seen.missing -= stop - start
+            if seen.missing == 0:
+                self._compare(matrix, self._projections.pop(matrix).sums)
+
+    def _compare(self, matrix: int, projected: dict[str, Array]) -> None:
+        ideal = projected.pop(_IDEAL, None)
+        has_gain = ideal is not None
+        if ideal is None:
+            ideal = self._operands.projected_delta(matrix)
+        layer = self._layers[matrix * self._cut.rows // self._rows_per_layer]
+        ideal_sq = float(np.sum(np.square(ideal)))
+        if not has_gain:
+            # Without a gain d lies in U's span, so that nothing of it is lost in the projection.
+            layer.delta_sq += ideal_sq
+        for name, values in projected.items():
+            q_dot_d = float(np.sum(values * ideal))
             layer.realised[name].add(
                 Realised(
-                    inputs_q_dot_d=float(np.sum(values * ideal)),
-                    inputs_d_sq=float(np.sum(np.square(ideal))),
+                    q_dot_d=0.0 if has_gain else q_dot_d,
+                    inputs_q_dot_d=q_dot_d,
+                    inputs_d_sq=ideal_sq,
                     inputs_error_sq=float(np.sum(np.square(values - ideal))),
                 )
             )
 
-    def _rank_first(self, projected: Array) -> Array:
-        return (projected.T if self._outputs_first else projected).astype(np.float64)
 
-    def _ideal_projection(self, batch: Any, outputs: Any) -> Array:
-        """``U^T d = (U^T A) B`` without forming ``d``, in float64."""
-        if batch not in self._middles:
-            a = self._a[batch].reshape(self._input_entries, -1).astype(np.float64)
-            basis = self._basis[batch].reshape(self._input_entries, -1).astype(np.float64)
-            self._middles[batch] = basis.T @ a
-        return np.asarray(self._middles[batch] @ self._b_matrix(batch, outputs).astype(np.float64))
-
-    def _b_matrix(self, batch: Any, outputs: Any) -> Array:
-        b = self._b[(*batch, slice(None), *outputs)]
-        return b.reshape(b.shape[0], -1)
-
-
-@dataclass
-class PendingTile:
-    """A tile on its way."""
-
-    update: KernelUpdate
-    region: Region
-    kernel: Array
-    tile: FusedTile
-
-    def result(self) -> Array:
-        """Wait for the tile; see `KernelUpdate.take`."""
-        return self.update.take(self.region, self.kernel, self.tile.to_host())
+_IDEAL = "ideal"
 
 
 class _Projection:
-    """``U^T q`` of some columns, summed over the tiles seen so far."""
+    """Projections of one matrix on the adapter's inputs, rank by outputs, summed in float64 over the rows seen so far."""
 
-    def __init__(self) -> None:
-        self.covered = 0
-        self.ideal: Any = 0.0
-        self.realised: dict[str, Array] = {}
+    def __init__(self, shape: Cut) -> None:
+        self._outputs = shape.rows if shape.outputs_first else shape.columns
+        self.missing = shape.rows
+        self.sums: dict[str, Array] = {}
+
+    def add(self, name: str, outputs: slice, values: Array) -> None:
+        """Add what some rows make of some outputs."""
+        self.sums.setdefault(name, np.zeros((len(values), self._outputs)))[:, outputs] += values
 
 
-def _even_part(extent: int, limit: int) -> int:
-    """The size of the fewest equal parts of at most `limit`, rounded up to an aligned size."""
-    if extent <= limit:
-        return extent
-    parts = -(-extent // limit)
-    even = -(-extent // parts)
-    return min(-(-even // _ALIGNMENT) * _ALIGNMENT, limit)
+class _Operands:
+    """The contributions to a kernel as its blocks take them, see `numerics.Block`."""
+
+    def __init__(self, shape: Cut, a: Array, b: Array, basis: Array, gain: Array | None) -> None:
+        self._shape = shape
+        rank = a.shape[-1]
+        inputs = shape.columns if shape.outputs_first else shape.rows
+        outputs = shape.rows if shape.outputs_first else shape.columns
+        a, basis = (values.reshape(shape.matrices, inputs, rank) for values in (a, basis))
+        b = b.reshape(shape.matrices, rank, outputs)
+        left, right = (b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if shape.outputs_first else (a, b)
+        self._left = np.ascontiguousarray(left).reshape(-1, rank)
+        self._right = np.ascontiguousarray(right)
+        self._basis = basis if shape.outputs_first else basis.reshape(-1, rank)
+        self._gain = None if gain is None else gain.reshape(-1 if shape.outputs_first else (shape.matrices, outputs))
+        self._a, self._b, self._matrix_basis = a, b, basis
+
+    def of(self, first: int, rows: int) -> tuple[Array, Array, Array, Array | None]:
+        """`left`, `right`, `basis` and `gain` of a block, by its first row and its number of rows."""
+        shape = self._shape
+        row_part = slice(first, first + rows)
+        matrix_part = slice(first // shape.rows, -(-(first + rows) // shape.rows))
+
+        def padded(values: Array) -> Array:
+            return _padded(values[row_part], shape.block_rows)
+
+        # A block of several matrices may have fewer of them at the leaf's end: the program is one of as many as in a full one.
+        def stacked(values: Array) -> Array:
+            return _padded(values[matrix_part], max(1, shape.block_rows // shape.rows))
+
+        gain = self._gain
+        if shape.outputs_first:
+            return (
+                padded(self._left),
+                stacked(self._right),
+                stacked(self._basis),
+                None if gain is None else padded(gain),
+            )
+        return padded(self._left), stacked(self._right), padded(self._basis), None if gain is None else stacked(gain)
+
+    def projected_delta(self, matrix: int) -> Array:
+        """``U^T d = (U^T A) B`` of one matrix without forming ``d``; rank by outputs, float64."""
+        a, b, basis = (values[matrix].astype(np.float64) for values in (self._a, self._b, self._matrix_basis))
+        return np.asarray((basis.T @ a) @ b)
 
 
 class OutputNorms:
@@ -268,43 +274,47 @@ class OutputNorms:
     """
 
     def __init__(self, equation: Equation, shape: Sequence[int], a: Array, b: Array, device: Any) -> None:
-        self._equation = equation
-        self._a, self._b, self._device = a, b, device
+        self._cut = cut(equation, shape)
+        self._device = device
+        self._operands = _Operands(self._cut, a, b, a, None)
         extents = dict(zip(equation.target, shape, strict=True))
-        self._squares = np.zeros([extents[dim] for dim in equation.batch + equation.outputs])
+        self._shape = tuple(extents[dim] for dim in equation.batch + equation.outputs)
+        self._squares = np.zeros(math.prod(self._shape))
 
     def add(self, region: Region, kernel: Array) -> None:
-        """Add one tile; sums over tiles are float64."""
+        """Add one block; sums over blocks are float64."""
         from lora_merge_cli.numerics import output_squares
 
-        batch, inputs, outputs = split(self._equation, region)
-        a = self._a[(*batch, *inputs)]
-        a = a.reshape(-1, a.shape[-1])
-        b = self._b[(*batch, slice(None), *outputs)]
-        b = b.reshape(b.shape[0], -1)
-        flipped = outputs_first(self._equation)
-        matrix = kernel.reshape((b.shape[1], a.shape[0]) if flipped else (a.shape[0], b.shape[1]))
-        squares = output_squares(matrix, a, b, outputs_first=flipped, device=self._device)
-        self._squares[(*batch, *outputs)] += squares.reshape([part.stop - part.start for part in outputs])
+        shape = self._cut
+        first, rows = shape.rows_of(region)
+        left, right, _, _ = self._operands.of(first, rows)
+        squares = output_squares(
+            _padded(kernel.reshape(rows, -1), shape.block_rows),
+            left,
+            right,
+            tile_rows=shape.tile_rows,
+            outputs_first=shape.outputs_first,
+            device=self._device,
+        )
+        if shape.outputs_first:
+            self._squares[first : first + rows] += squares[:rows]
+        else:
+            matrix = first // shape.rows
+            per_matrix = self._squares.reshape(shape.matrices, -1)[matrix : matrix + len(squares)]
+            per_matrix += squares[: len(per_matrix)]
 
     def finish(self) -> Array:
         """The norms, dims batch, outputs; float64."""
-        return np.sqrt(self._squares)
+        return np.sqrt(self._squares.reshape(self._shape))
 
 
-def outputs_first(equation: Equation) -> bool:
-    """Whether the kernel is stored as outputs by inputs."""
-    return bool(equation.inputs) and equation.target.endswith(equation.inputs) and bool(equation.outputs)
-
-
-def split(equation: Equation, region: Region) -> tuple[Any, Any, Any]:
-    """A region's index in the batch dims, and its slices of the inputs and of the outputs."""
-    parts = dict(zip(equation.target, region, strict=True))
-    return (
-        tuple(parts[dim].start for dim in equation.batch),
-        tuple(parts[dim] for dim in equation.inputs),
-        tuple(parts[dim] for dim in equation.outputs),
-    )
+def _padded(values: Array, rows: int) -> Array:
+    """The values with rows of zeros behind them, if there are fewer."""
+    if len(values) == rows:
+        return values
+    result = np.zeros((rows, *values.shape[1:]), values.dtype)
+    result[: len(values)] = values
+    return result
 
 
 def _delta_unit(a: Array, b: Array, gain: Array | None) -> np.float32:
@@ -314,10 +324,6 @@ def _delta_unit(a: Array, b: Array, gain: Array | None) -> np.float32:
         largest = max(largest, float(np.abs(gain).max(initial=0)))
     exponent = math.frexp(largest)[1] if largest else 0
     return np.float32(2.0 ** min(max(exponent, -120), 120))
-
-
-def _entries(parts: Sequence[slice]) -> int:
-    return math.prod(part.stop - part.start for part in parts)
 
 
 def _spell(region: Region) -> str:
