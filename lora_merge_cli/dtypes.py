@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -51,11 +52,24 @@ def mantissa_bits(dtype: np.dtype[Any]) -> int:
     return int(_finfo(dtype).nmant)
 
 
-def ulp(values: np.ndarray[Any, np.dtype[np.float64]], dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The distance between representable values of a floating-point dtype around each of the values, all float64."""
+def ulp(
+    values: np.ndarray[Any, np.dtype[np.float64]],
+    dtype: np.dtype[Any],
+    *,
+    out: np.ndarray[Any, np.dtype[np.float64]] | None = None,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The distance between representable values of a floating-point dtype around each of the values, all float64.
+
+    Args:
+        values: Of any shape.
+        dtype: Whose values are counted.
+        out: Where to put it: contiguous, of the shape of `values`, and none of their memory.
+    """
     exponent_bits = np.uint64(0x7FF0_0000_0000_0000)
-    powers = (np.ascontiguousarray(values).view(np.uint64) & exponent_bits).view(np.float64)
-    return np.maximum(powers * 2.0 ** -mantissa_bits(dtype), float(_finfo(dtype).smallest_subnormal))
+    bits = np.ascontiguousarray(values).view(np.uint64)
+    found = np.bitwise_and(bits, exponent_bits, out=None if out is None else out.view(np.uint64)).view(np.float64)
+    found *= 2.0 ** -mantissa_bits(dtype)
+    return np.maximum(found, float(_finfo(dtype).smallest_subnormal), out=found)
 
 
 def holds_all_values_of(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
@@ -66,5 +80,6 @@ def holds_all_values_of(wide: np.dtype[Any], narrow: np.dtype[Any]) -> bool:
     return bool(w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp <= n.minexp)
 
 
+@functools.cache
 def _finfo(dtype: np.dtype[Any]) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]

@@ -96,7 +96,10 @@ class ModelLayer:
         forward = adapters[0].forward
         operands, self._output = forward.base.split("->")
         self._input, self._kernel = operands.split(",")
-        self._formula = forward.base
+        self._shared = "".join(dim for dim in self._kernel if dim in self._input and dim in self._output)
+        self._contracted = "".join(dim for dim in self._kernel if dim in self._input and dim not in self._output)
+        self._free = "".join(dim for dim in self._kernel if dim not in self._input)
+        self._given = "".join(dim for dim in self._input if dim not in self._kernel)
         sizes = dict(zip(self._kernel, shape, strict=True))
         self._inputs = layer_inputs(forward, self._input, sizes, adapters[0].lora_a, rng)
         self._magnitudes = np.abs(self._inputs)
@@ -107,28 +110,51 @@ class ModelLayer:
         self._served = np.zeros(empty)
         self._limit = np.zeros(empty)
 
-    def take(self, region: Region, kernel: Array, merged: Array, served: Array, limit: Array) -> LayerPart:
+    def take(self, region: Region, kernel: Array, merged: Array, limit: Array, *, served: Array | None) -> LayerPart:
         """What one piece of the kernel contributes; nothing is kept, so pieces may be computed at the same time.
 
         Args:
             region: Where the piece lies in the layer's kernel.
             kernel: The kernel that the adapter is added to there, float64.
             merged: The merged kernel there.
-            served: The difference of the two once both are cast to the serving dtype.
             limit: The bound of each entry's error.
+            served: The difference of the two once both are cast to the serving dtype; None where that casts neither.
         """
         parts = dict(zip(self._kernel, region, strict=True))
         x, magnitudes = (
-            values[tuple(parts.get(dim, slice(None)) for dim in self._input)]
+            self._matrices(
+                values[tuple(parts.get(dim, slice(None)) for dim in self._input)],
+                self._input,
+                self._given,
+                self._contracted,
+            )
             for values in (self._inputs, self._magnitudes)
         )
+        extents = dict(zip(self._input, self._inputs.shape, strict=True)) | dict(
+            zip(self._kernel, kernel.shape, strict=True)
+        )
+        order = self._shared + self._given + self._free
+
+        def product(rows: Array, values: Array) -> Array:
+            found = rows @ self._matrices(values, self._kernel, self._contracted, self._free)
+            ordered = found.reshape([extents[dim] for dim in order])
+            return np.transpose(ordered, [order.index(dim) for dim in self._output])
+
+        base, whole = product(x, kernel), product(x, merged)
         return LayerPart(
             where=tuple(parts.get(dim, slice(None)) for dim in self._output),
-            base=np.einsum(self._formula, x, kernel, optimize=True),
-            merged=np.einsum(self._formula, x, merged, optimize=True),
-            served=np.einsum(self._formula, x, served, optimize=True),
-            limit=np.einsum(self._formula, magnitudes, limit, optimize=True),
+            base=base,
+            merged=whole,
+            served=whole - base if served is None else product(x, served),
+            limit=product(magnitudes, limit),
         )
+
+    def _matrices(self, values: Array, dims: str, rows: str, columns: str) -> Array:
+        """A matrix for each index of the dims that input, kernel and output share: BLAS multiplies those."""
+        moved = np.transpose(values, [dims.index(dim) for dim in self._shared + rows + columns])
+        shared, height = len(self._shared), len(self._shared + rows)
+        extents = moved.shape[:shared], moved.shape[shared:height], moved.shape[height:]
+        return moved.reshape([math.prod(part) for part in extents])
 
     def add(self, part: LayerPart) -> None:
         """Add what a piece contributes."""

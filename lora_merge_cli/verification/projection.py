@@ -46,7 +46,9 @@ class Projection:
         shape = self._ideal[where].shape
         self._ideal[where] += part.ideal.reshape(shape)
         for name, values in part.realised.items():
-            self._realised.setdefault(name, np.zeros_like(self._ideal))[where] += values.reshape(shape)
+            if name not in self._realised:
+                self._realised[name] = np.zeros_like(self._ideal)
+            self._realised[name][where] += values.reshape(shape)
         self._missing -= part.inputs * math.prod(shape[1:])
         return self._missing == 0
 

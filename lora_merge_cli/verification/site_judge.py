@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.lowrank import input_basis
-from lora_merge_cli.records import Array, Region, region_shape, relative
+from lora_merge_cli.records import Array, Region, relative
 from lora_merge_cli.side_by_side import pieces
 from lora_merge_cli.survival import Moments, Realised
 from lora_merge_cli.verification.adapted import Adapted
@@ -23,6 +25,9 @@ from lora_merge_cli.verification.projection import ProjectedPart, Projection
 
 _EPSILON = 2.0**-24
 _TINY = 2.0**-126
+_ENTRIES = 2**16
+"""Of a piece: its buffers stay in a core's caches, and are still long beside the cost of calling NumPy."""
+_COLUMNS = 256
 
 
 @dataclass
@@ -62,10 +67,11 @@ class SiteJudge:
 
         ulps * ulp(ref) + c * (2^-24 * (|w| + |s| * |a_i| * |b_j|) + 2^-126),   c = rank + heads + 4
 
-    with ulp that of the stored dtype, ``|b|`` summed over the heads where the model sums them. Any sum of rank float32 products
-    in any order stays below it (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); 2^-126 is for devices
-    that flush subnormal numbers to zero. With DoRA's gain g the ideal is ``g * (w + s * a @ b)``, and the relative error of a
-    float32 norm over n inputs comes on top: ``(16 + sqrt(n)) * 2^-24``.
+    with ulp that of the stored dtype and ``|a_i|``, ``|b_j|`` the Euclidean norms over the ranks, ``|b|`` summed over the heads
+    where the model sums them. Any sum of rank float32 products in any order is off by at most its steps times 2^-24 of the sum
+    of the products' absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), which the product of
+    the norms bounds (Cauchy-Schwarz); 2^-126 is for devices that flush subnormal numbers to zero. With DoRA's gain g the ideal
+    is ``g * (w + s * a @ b)``, and the relative error of a float32 norm over n inputs comes on top: ``(16 + sqrt(n)) * 2^-24``.
 
     Args:
         where: The kernel in the checkpoint, as errors name it.
@@ -91,7 +97,9 @@ class SiteJudge:
         self._allowed_steps = sum(part.steps for part in adapted) + 4
         self._a = np.concatenate([part.left() for part in adapted], axis=-1)
         self._b = np.concatenate([part.right() for part in adapted], axis=len(batch))
-        self._b_size = np.concatenate([part.right(magnitudes=True) for part in adapted], axis=len(batch))
+        b_size = np.concatenate([part.right(magnitudes=True) for part in adapted], axis=len(batch))
+        self._a_norm = _norms(self._a, -1)
+        self._b_norm = _norms(b_size, len(batch))
         gains = [gain for part in adapted if (gain := part.extra_gain) is not None]
         self._gain = sum(gains[1:], gains[0]) if gains else None
         self._gain_size = None if not gains else 1.0 + np.sum(np.abs(gains), axis=0)
@@ -111,6 +119,10 @@ class SiteJudge:
         self._projections: dict[tuple[int, ...], Projection] = {}
         self._inputs = math.prod(self._a.shape[len(batch) : -1])
         self._outputs = self._b.shape[len(batch) + 1 :]
+        dims = (equation.inputs, equation.outputs)
+        self._inputs_first = equation.target[-1] not in equation.inputs
+        self._order = batch + "".join(dims if self._inputs_first else reversed(dims))
+        self._buffers = _Buffers()
         self.base_differs = False
         """Whether some block of the kernel is not the base's, rounded to the kernel's dtype."""
 
@@ -157,43 +169,45 @@ class SiteJudge:
                 for dim, part in extents.items()
             )
             if self._layer_of(block) in self.layers:
-                yield from pieces(block)
+                yield from pieces(block, _ENTRIES, _COLUMNS)
 
     def _layer_of(self, region: Region) -> int:
         return int(region[0].start) if self._first else 0
 
     def _judge(self, region: Region, kernel: Array, merged: Array, base: Array | None) -> _Piece:
-        equation, terms = self._equation, self._terms
+        equation, serving = self._equation, self._terms.serving_dtype
         parts = dict(zip(equation.target, region, strict=True))
         batch = tuple(parts[dim].start for dim in equation.batch)
         inputs = tuple(parts[dim] for dim in equation.inputs)
         outputs = tuple(parts[dim] for dim in equation.outputs)
-        shape = region_shape(region)
         a, basis = (_rows(values[(*batch, *inputs)]) for values in (self._a, self._basis))
-        b, b_size = (_columns(values[(*batch, slice(None), *outputs)]) for values in (self._b, self._b_size))
+        b = _columns(self._b[(*batch, slice(None), *outputs)])
 
-        w = kernel.astype(np.float64)
-        added_to = w if base is None else base.astype(np.float64)
-        m = merged.astype(np.float64)
-        delta = self._as_kernel(a @ b, shape)
-        size = self._as_kernel(np.abs(a) @ b_size, shape)
-        ideal_projection = (basis.T @ a) @ b
-        if self._gain is not None and self._gain_size is not None:
-            gain, gain_size = (
-                self._as_kernel(np.broadcast_to(_columns(g[(*batch, *outputs)][None]), (len(a), b.shape[1])), shape)
-                for g in (self._gain, self._gain_size)
-            )
-            delta = delta + gain * added_to
-            size = (size + gain_size * np.abs(added_to)) * (1 + self._gain_error / (self._allowed_steps * _EPSILON))
-            ideal_projection = basis.T @ self._as_matrix(delta)
-        found, limit = self._exactness(m, added_to, delta, size, kernel.dtype)
+        w = self._wide("kernel", kernel)
+        added_to = w if base is None else self._wide("base", base)
+        m = self._wide("merged", merged)
+        delta, size = (self._buffers.of(name, kernel.size) for name in ("delta", "size"))
+        matrix = functools.partial(self._as_matrix, inputs=len(a))
+        np.matmul(a, b, out=matrix(delta))
+        a_norm, b_norm = self._a_norm[(*batch, *inputs)].reshape(-1), self._b_norm[(*batch, *outputs)].reshape(-1)
+        # A rank-two product adds the last term of the bound too, in one pass.
+        tiny = np.full_like(b_norm, _TINY / _EPSILON)
+        np.matmul(np.stack([a_norm, np.ones_like(a_norm)], 1), np.stack([b_norm, tiny]), out=matrix(size))
+        if self._gain is None or self._gain_size is None:
+            ideal_projection = (basis.T @ a) @ b
+        else:
+            gain, gain_size = (values[(*batch, *outputs)].reshape(-1) for values in (self._gain, self._gain_size))
+            matrix(delta)[...] += gain * matrix(added_to)
+            matrix(size)[...] += gain_size * np.abs(matrix(added_to))
+            size *= 1 + self._gain_error / (self._allowed_steps * _EPSILON)
+            ideal_projection = basis.T @ matrix(delta)
+        found, error, limit = self._exactness(m, added_to, delta, size, kernel.dtype)
+        # Where nothing is cast and there is no base, the error of the merged kernel is that of its realised delta.
+        plain = base is None and holds_all_values_of(self._dtype, kernel.dtype) and not found.non_finite
         if found.non_finite:
-            m = np.where(np.isfinite(m), m, added_to)
-        realised = {
-            dtype: _cast(m, self._dtype, dtype) - _cast(w, kernel.dtype, dtype)
-            for dtype in dict.fromkeys((self._dtype, terms.serving_dtype))
-        }
-        found.moments = self._survival(w, delta, realised)
+            np.copyto(m, added_to, where=~np.isfinite(m))
+        realised = {dtype: self._realised(m, w, kernel.dtype, dtype) for dtype in dict.fromkeys((self._dtype, serving))}
+        found.moments = self._survival(w, delta, realised, error if plain else None)
         layer, inner = self._layer_of(region), slice(self._first, None)
         return _Piece(
             layer=layer,
@@ -204,42 +218,63 @@ class SiteJudge:
                 outputs,
                 len(a),
                 ideal_projection,
-                {dtype.name: basis.T @ self._as_matrix(q) for dtype, q in realised.items()},
+                {dtype.name: basis.T @ matrix(q) for dtype, q in realised.items()},
             ),
             forward=self._models[layer].take(
                 region[inner],
-                *(v.reshape(v.shape[inner]) for v in (added_to, m, realised[terms.serving_dtype], limit)),
+                *(self._as_kernel(values, kernel.shape)[(0,) * self._first] for values in (added_to, m, limit)),
+                served=None
+                if plain and serving == self._dtype
+                else self._as_kernel(realised[serving], kernel.shape)[(0,) * self._first],
             ),
         )
 
     def _exactness(
         self, m: Array, added_to: Array, delta: Array, size: Array, source: np.dtype[Any]
-    ) -> tuple[LayerVerdict, Array]:
-        """How far the entries are from the ideal, and how far they may be."""
-        ideal = added_to + delta
-        limit = np.abs(added_to)
-        limit += size
+    ) -> tuple[LayerVerdict, Array, Array]:
+        """How far the entries are from the ideal, with the errors, and, in the place of `size`, how far they may be."""
+        ideal, spare = (self._buffers.of(name, m.size) for name in ("error", "spare"))
+        np.add(added_to, delta, out=ideal)
+        limit = size
+        limit += np.abs(added_to, out=spare)
         limit *= self._allowed_steps * _EPSILON
-        limit += self._terms.ulps * ulp(ideal, self._dtype)
-        limit += self._allowed_steps * _TINY
-        error = np.abs(np.subtract(m, ideal, out=ideal), out=ideal)
-        share = error / limit
+        limit += np.multiply(ulp(ideal, self._dtype, out=spare), self._terms.ulps, out=spare)
+        error = np.subtract(m, ideal, out=ideal)
+        share = np.divide(error, limit, out=spare)
+        worst = float(np.maximum(share.max(initial=0.0), -share.min(initial=0.0)))
+        if worst <= 1.0 and math.isfinite(limit.max(initial=0.0)):
+            return LayerVerdict(worst_share=worst), error, limit
         # Whatever is not below a finite bound is beyond it, NaN included.
-        bad = ~((share <= 1.0) & np.isfinite(limit))
-        found = LayerVerdict(beyond=int(np.count_nonzero(bad)))
-        if found.beyond:
-            found.non_finite = int(np.count_nonzero(~np.isfinite(m)))
-            found.off_the_rounding = int(np.count_nonzero(bad & ~(error <= limit + 0.5 * ulp(added_to, source))))
-        worst = float(share.max(initial=0.0))
-        found.worst_share = worst if np.isfinite(limit).all() and math.isfinite(worst) else math.inf
-        return found, limit
+        bad = ~((np.abs(share) <= 1.0) & np.isfinite(limit))
+        found = LayerVerdict(
+            worst_share=worst if np.isfinite(limit).all() and math.isfinite(worst) else math.inf,
+            beyond=int(np.count_nonzero(bad)),
+            off_the_rounding=int(np.count_nonzero(bad & ~(np.abs(error) <= limit + 0.5 * ulp(added_to, source)))),
+            non_finite=int(np.count_nonzero(~np.isfinite(m))),
+        )
+        return found, error, limit
 
-    def _survival(self, w: Array, delta: Array, realised: Mapping[np.dtype[Any], Array]) -> Moments:
-        """The sums of a piece; those along the adapter's inputs are not over before all inputs are in."""
+    def _realised(self, m: Array, w: Array, source: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
+        """The difference of merged kernel and kernel once both are cast to a dtype."""
+        q = self._buffers.of(f"realised {dtype.name}", m.size)
+        spare = self._buffers.of("spare", m.size)
+        return np.subtract(_cast(m, self._dtype, dtype, out=q), _cast(w, source, dtype, out=spare), out=q)
+
+    def _survival(
+        self, w: Array, delta: Array, realised: Mapping[np.dtype[Any], Array], error: Array | None
+    ) -> Moments:
+        """The sums of a piece; those along the adapter's inputs are not over before all inputs are in.
+
+        Args:
+            w: The kernel in the checkpoint.
+            delta: The ideal delta.
+            realised: The realised one, by dtype.
+            error: The difference of the two in the stored dtype, where it is known.
+        """
         moments = Moments(
-            delta_sq=_sum_of_products(delta, delta),
-            kernel_sq=_sum_of_products(w, w),
-            max_abs=float(np.abs(delta).max(initial=0.0)),
+            delta_sq=float(np.dot(delta, delta)),
+            kernel_sq=float(np.dot(w, w)),
+            max_abs=max(float(delta.max(initial=0.0)), -float(delta.min(initial=0.0))),
             entries=delta.size,
         )
         if not math.isfinite(moments.kernel_sq):
@@ -249,12 +284,13 @@ class SiteJudge:
                 expected="finite values",
                 found="NaN or Inf",
             )
+        spare = self._buffers.of("spare", w.size)
         for dtype, q in realised.items():
-            off = q - delta
+            off = error if error is not None and dtype == self._dtype else np.subtract(q, delta, out=spare)
             moments.realised[dtype.name] = Realised(
-                q_dot_d=_sum_of_products(q, delta),
-                error_sq=_sum_of_products(off, off),
-                unchanged=int(q.size - np.count_nonzero(q)),
+                q_dot_d=float(np.dot(q, delta)),
+                error_sq=float(np.dot(off, off)),
+                unchanged=int(np.count_nonzero(q == 0.0)),
             )
         return moments
 
@@ -274,19 +310,35 @@ class SiteJudge:
             for name, sums in self._projections.pop(key).sums():
                 verdict.moments.realised[name].add(sums)
 
-    def _as_kernel(self, matrix: Array, shape: tuple[int, ...]) -> Array:
-        """A matrix of inputs by outputs in the kernel's own order of dims."""
-        extents = dict(zip(self._equation.target, shape, strict=True))
-        order = self._equation.batch + self._equation.inputs + self._equation.outputs
-        return np.transpose(
-            matrix.reshape([extents[dim] for dim in order]), [order.index(dim) for dim in self._equation.target]
-        )
+    def _wide(self, name: str, kernel: Array) -> Array:
+        """A piece of a kernel in float64, one entry after the other in the order of `_order`."""
+        ordered = np.transpose(kernel, [self._equation.target.index(dim) for dim in self._order])
+        values = self._buffers.of(name, kernel.size)
+        np.copyto(values.reshape(ordered.shape), ordered, casting="unsafe")
+        return values
 
-    def _as_matrix(self, kernel: Array) -> Array:
-        order = self._equation.batch + self._equation.inputs + self._equation.outputs
-        moved = np.transpose(kernel, [self._equation.target.index(dim) for dim in order])
-        rows = math.prod(moved.shape[: len(self._equation.batch + self._equation.inputs)])
-        return moved.reshape(rows, -1)
+    def _as_kernel(self, values: Array, shape: tuple[int, ...]) -> Array:
+        """A view of a piece's entries in the kernel's own order of dims."""
+        target = self._equation.target
+        ordered = values.reshape([shape[target.index(dim)] for dim in self._order])
+        return np.transpose(ordered, [self._order.index(dim) for dim in target])
+
+    def _as_matrix(self, values: Array, inputs: int) -> Array:
+        """A view of a piece's entries as inputs by outputs."""
+        return values.reshape(inputs, -1) if self._inputs_first else values.reshape(-1, inputs).T
+
+
+class _Buffers(threading.local):
+    """Arrays that a thread uses for one piece after another: the pages of fresh ones cost more than the sums in them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def of(self, name: str, entries: int) -> Array:
+        """So many float64 entries, of whatever values."""
+        if name not in self._arrays or self._arrays[name].size < entries:
+            self._arrays[name] = np.empty(entries)
+        return self._arrays[name][:entries]
 
 
 @dataclass(frozen=True)
@@ -302,12 +354,20 @@ class _Piece:
     forward: LayerPart
 
 
-def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
-    """float64 values of a stored dtype, rounded to another one."""
+def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any], *, out: Array) -> Array:
+    """float64 values of a stored dtype, rounded to another one: in `out`, or themselves where nothing is rounded."""
     if holds_all_values_of(dtype, stored):
         return values
-    with np.errstate(over="ignore"):
-        return values.astype(stored).astype(dtype).astype(np.float64)
+    np.copyto(out, values.astype(dtype), casting="unsafe")
+    return out
+
+
+def _norms(values: Array, axis: int) -> Array:
+    """Euclidean norms along an axis, of values whose squares may be beyond the range of float64."""
+    largest = np.abs(values).max(axis=axis, keepdims=True, initial=0.0)
+    unit = np.where(largest > 0, largest, 1.0)
+    with np.errstate(all="ignore"):
+        return np.asarray((unit * np.sqrt(np.square(values / unit).sum(axis=axis, keepdims=True))).squeeze(axis))
 
 
 def _rows(values: Array) -> Array:
@@ -316,7 +376,3 @@ def _rows(values: Array) -> Array:
 
 def _columns(values: Array) -> Array:
     return values.reshape(values.shape[0], -1)
-
-
-def _sum_of_products(a: Array, b: Array) -> float:
-    return float(np.einsum("i,i->", a.reshape(-1), b.reshape(-1)))
