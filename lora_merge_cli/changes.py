@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.dtypes import FLOAT32, is_float
 from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint, UsageError
-from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.options import MergeOptions, cast_dtype
 from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, Survey, TensorSpec, display
@@ -72,14 +71,6 @@ class LeafChange:
         """Whether the checkpoint's own values are part of the result."""
         whole = self.whole
         return self.before is not None and (whole is None or whole.weight != 1)
-
-    def read_whole(self, inputs: Inputs) -> Iterator[tuple[Source, KeyPath]]:
-        """The leaves that are read block by block."""
-        if self.reads_before and self.before is not None:
-            yield inputs.checkpoint.source, self.before.path
-        whole = self.whole
-        if whole is not None:
-            yield inputs.source(whole.adapter), whole.path
 
 
 def leaf_changes(

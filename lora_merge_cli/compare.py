@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_merge_cli.dtypes import is_float, mantissa_bits
+from lora_merge_cli.dtypes import BFLOAT16, is_float, mantissa_bits
 from lora_merge_cli.records import Array
 
 
@@ -17,6 +17,25 @@ def equals_rounded(values: Array, reference: Array) -> bool:
         with np.errstate(over="ignore", invalid="ignore"):
             reference = reference.astype(values.dtype)
     return bool(np.array_equal(_bits(reference), _bits(values)))
+
+
+def same_bytes(one: bytes | memoryview, other: bytes | memoryview) -> bool:
+    """Whether two buffers hold the same bytes; a comparison of memoryviews goes item by item."""
+    a, b = (np.frombuffer(buffer, np.uint8) for buffer in (one, other))
+    if a.size != b.size:
+        return False
+    whole = a.size // 8 * 8
+    return np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64)) and np.array_equal(a[whole:], b[whole:])
+
+
+def count_non_finite(values: Array) -> int:
+    """How many entries are NaN or Inf; 0 for what is not floating-point."""
+    if not is_float(values.dtype):
+        return 0
+    if values.dtype == BFLOAT16:
+        exponent = np.uint16(0x7F80)
+        return int(np.count_nonzero((values.view(np.uint16) & exponent) == exponent))
+    return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,13 @@ from lora_merge_cli.errors import UsageError
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import tree_of
+from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.recording import peak_rss, source_record, versions
-from lora_merge_cli.records import KeyPath, TensorSpec, display, full_region, region_shape
+from lora_merge_cli.records import KeyPath, TensorSpec, display
 from lora_merge_cli.report import DifferenceRecord, DifferenceStatus, DiffReport, PrefixRecord
 from lora_merge_cli.selection import matches_any
-from lora_merge_cli.side_by_side import pieces, side_by_side
+from lora_merge_cli.side_by_side import flat_pieces, side_by_side
 from lora_merge_cli.survival import finite
 
 _WHOLE_ROWS = 2**18
@@ -54,13 +54,15 @@ class DiffRequest:
     """How many leaves people are shown."""
     depth: int = 3
     """How many parts of a path make the prefix that leaves are grouped by."""
+    jobs: int | None = None
+    """How many threads compare; see `jobs.jobs_or_default`."""
 
 
 def diff(request: DiffRequest, listener: Listener | None = None) -> DiffReport:
     """Compare two checkpoints, whatever their formats and their spelling of paths; streaming, in bounded memory.
 
     Raises:
-        UsageError: A tolerance is negative, or a glob matches no leaf.
+        UsageError: A tolerance is negative, the number of jobs below 1, or a glob matches no leaf.
         InputError: One of them cannot be opened or read.
     """
     started = time.monotonic()
@@ -71,7 +73,7 @@ def diff(request: DiffRequest, listener: Listener | None = None) -> DiffReport:
     listener.start(sum(spec_b.nbytes for spec_a, spec_b in pairs.values() if spec_a is not None and spec_b is not None))
     records: list[DifferenceRecord] = []
     groups: dict[str, list[tuple[DifferenceRecord, Comparison]]] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(jobs_or_default(request.jobs)) as pool:
         for name, (spec_a, spec_b) in pairs.items():
             found = None
             if spec_a is not None and spec_b is not None and spec_a.shape == spec_b.shape:
@@ -159,10 +161,8 @@ def _compare(
     pool: ThreadPoolExecutor,
 ) -> Comparison:
     total = Comparison()
-    for region, (values_a, values_b) in side_by_side([(a.source, spec_a), (b.source, spec_b)]):
-        parts = list(pieces(full_region(region_shape(region)), columns=_WHOLE_ROWS))
-        blocks = ([values[part] for part in parts] for values in (values_a, values_b))
-        for found in pool.map(lambda x, y: compare_blocks(x, y, tolerance), *blocks):
+    for _, blocks in side_by_side([(a.source, spec_a), (b.source, spec_b)], pool=pool):
+        for found in pool.map(lambda pair: compare_blocks(pair[0], pair[1], tolerance), flat_pieces(*blocks)):
             total.merge(found)
     return total
 

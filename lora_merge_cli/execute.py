@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_merge_cli.compare import equals_rounded
-from lora_merge_cli.dtypes import is_float
+from lora_merge_cli.ahead import Ahead, in_order
+from lora_merge_cli.compare import count_non_finite, equals_rounded
 from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
-from lora_merge_cli.formats.interface import Blocks, LeafData, Source
+from lora_merge_cli.formats.interface import Blocks, LeafData, Source, Stored
 from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.lowrank import LeafDigest, adapter_digest, leaf_digest, spectrum, with_ones
-from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, PendingTile, operation_named
+from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, operation_named
 from lora_merge_cli.operations.add_delta import AddDelta, scaled_factors
 from lora_merge_cli.plan import MergePlan, Step
-from lora_merge_cli.reading import FactorReader, nbytes, read_start
+from lora_merge_cli.reading import FactorReader, nbytes, scan_start
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
@@ -30,14 +34,24 @@ from lora_merge_cli.records import (
     first_names,
     full_region,
     grid,
-    region_shape,
-    relative,
 )
 from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import Moments
 
-_TILES_IN_FLIGHT = 3
-_READ_AHEAD_BYTES = 256 * 2**20
+if TYPE_CHECKING:
+    from lora_merge_cli.numerics import FusedBlock
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A run of a leaf's entries before any site is applied."""
+
+    region: Region
+    values: Array
+    base: Array | None
+    """The base's values there."""
+    update: KernelUpdate | None
+    """What the leaf's sites do to it."""
 
 
 class Execution:
@@ -48,6 +62,7 @@ class Execution:
         inputs: What the plan was made for.
         device: The JAX device to compute on.
         encodings: What the sink takes as it is stored.
+        jobs: How many leaves are read, and how many blocks are computed, at a time. Changes no bit of the result.
         listener: Who to tell of progress.
     """
 
@@ -57,6 +72,7 @@ class Execution:
         inputs: Inputs,
         device: Any,
         encodings: frozenset[str] = frozenset(),
+        jobs: int | None = None,
         listener: Listener | None = None,
     ) -> None:
         self._plan = plan
@@ -65,6 +81,7 @@ class Execution:
         self._factors = FactorReader(inputs)
         self._device = device
         self._encodings = encodings
+        self._jobs = jobs_or_default(jobs)
         self._listener = listener or Silent()
         self._wrong_frozen: list[str] = []
         self._frozen = 0
@@ -161,10 +178,17 @@ class Execution:
             NothingToMerge: Every delta turned out to be zero.
         """
         self._listener.start(self._plan.output_bytes)
-        for step in self._plan.steps:
-            if step.base is not None:
-                self._frozen += 1
-            yield self._leaf(step)
+        decoded = [step for step in self._plan.steps if self._stored(step) is None or step.base is not None]
+        with ThreadPoolExecutor(self._jobs, "read") as readers, ThreadPoolExecutor(self._jobs, "compute") as workers:
+            makers = [functools.partial(self._read, step, readers) for step in decoded]
+            arriving = in_order(makers, self._jobs)
+            try:
+                for step in self._plan.steps:
+                    if step.base is not None:
+                        self._frozen += 1
+                    yield self._leaf(step, arriving, workers)
+            finally:
+                arriving.close()
         self._check_base()
         if (
             self.moments
@@ -173,57 +197,79 @@ class Execution:
         ):
             raise NothingToMerge("every delta is zero", where=self._source.path)
 
-    def _leaf(self, step: Step) -> LeafData:
-        if step.sites:
-            return LeafData(step.output, step.write_block, self._fused(step))
-        same_as = self._plan.shared.get(step.output.path)
-        as_before = step.before is not None and not step.replacements and step.output.dtype == step.before.dtype
-        stored = self._source.stored(step.before.path) if as_before and step.before is not None else None
-        if stored is None or stored.encoding not in self._encodings:
-            return LeafData(step.output, step.write_block, self._carried(step), same_as)
-        if step.base is not None:
-            self._compare_whole(step)
-        self._listener.advance(step.output.name, step.output.nbytes)
-        return LeafData(step.output, step.write_block, stored, same_as)
+    def _stored(self, step: Step) -> Stored | None:
+        """What of the checkpoint the sink takes as it is."""
+        if step.before is None or step.sites or step.replacements or step.output.dtype != step.before.dtype:
+            return None
+        stored = self._source.stored(step.before.path)
+        return stored if stored is not None and stored.encoding in self._encodings else None
 
-    def _carried(self, step: Step) -> Blocks:
+    def _leaf(self, step: Step, arriving: Iterator[Ahead[_Block]], workers: ThreadPoolExecutor) -> LeafData:
+        data: Stored | Blocks
+        stored = self._stored(step)
+        if step.sites:
+            data = self._fused(step, next(arriving), workers)
+        elif stored is None:
+            data = self._carried(step, next(arriving))
+        else:
+            if step.base is not None:
+                self._compare_whole(step, next(arriving))
+            self._listener.advance(step.output.name, step.output.nbytes)
+            data = stored
+        return LeafData(step.output, step.chunk, data, self._plan.shared.get(step.output.path))
+
+    def _carried(self, step: Step, blocks: Iterator[_Block]) -> Blocks:
         """A leaf without a site: decoded, with an adapter's values in it, and cast if need be."""
         differs = False
-        for region, values, base in self._blocks(step):
-            differs = differs or not (base is None or equals_rounded(values, base))
-            self._count_not_finite(step, values)
-            for part in grid(region, step.write_block):
-                piece = values[relative(part, region)]
-                yield part, _cast(piece, step, self._source)
-                self._listener.advance(step.output.name, nbytes(part, step.output))
+        for block in blocks:
+            differs = differs or not (block.base is None or equals_rounded(block.values, block.base))
+            self._count_not_finite(step, block.values)
+            yield block.region, _cast(block.values, step, self._source)
+            self._listener.advance(step.output.name, nbytes(block.region, step.output))
         self._note_frozen(step, differs)
 
-    def _fused(self, step: Step) -> Blocks:
-        """A kernel with its deltas added."""
-        where = f"{self._source.path} :: {step.output.name}"
-        equation = step.sites[0].parameters.equation
-        contributions = [self._contribution(step, site) for site in step.sites]
-        update = KernelUpdate(
-            where,
-            equation,
-            step.source.shape,
-            contributions,
-            step.output.dtype,
-            self._plan.serving_dtype,
-            self._device,
-        )
+    def _fused(self, step: Step, blocks: Iterator[_Block], workers: ThreadPoolExecutor) -> Blocks:
+        """A kernel with its deltas added, some blocks being computed while earlier ones are stored."""
+        pending: deque[tuple[_Block, KernelUpdate, Future[FusedBlock]]] = deque()
         differs = False
-        for region, values, base in self._blocks(step):
-            differs = differs or not (base is None or equals_rounded(values, base))
-            for part in grid(region, step.write_block):
-                inside = relative(part, region)
-                added_to = None if base is None else base[inside]
-                yield part, _computed(update, step, part, values[inside], added_to)
-                self._listener.advance(step.output.name, nbytes(part, step.output))
-        self._note_frozen(step, differs)
-        self.moments[step.output.path] = update.finish()
 
-    def _contribution(self, step: Step, site: AdapterSite) -> Contribution:
+        def taken() -> tuple[Region, Array]:
+            block, update, computed = pending.popleft()
+            result = update.take(block.region, block.values, computed.result())
+            self._listener.advance(step.output.name, nbytes(block.region, step.output))
+            return block.region, result
+
+        update: KernelUpdate | None = None
+        for block in blocks:
+            update = block.update
+            assert update is not None, "a step with sites has one"
+            differs = differs or not (block.base is None or equals_rounded(block.values, block.base))
+            computed = workers.submit(update.compute, block.region, block.values, block.base)
+            pending.append((block, update, computed))
+            if len(pending) > self._jobs:
+                yield taken()
+        while pending:
+            yield taken()
+        self._note_frozen(step, differs)
+        self.moments[step.output.path] = () if update is None else update.finish()
+
+    def _read(self, step: Step, pool: ThreadPoolExecutor) -> Iterator[_Block]:
+        """The blocks of a leaf, and what changes them."""
+        update = None
+        if step.sites:
+            update = KernelUpdate(
+                f"{self._source.path} :: {step.output.name}",
+                step.sites[0].parameters.equation,
+                step.source.shape,
+                [self._contribution(step, site, pool) for site in step.sites],
+                step.output.dtype,
+                self._plan.serving_dtype,
+                self._device,
+            )
+        for region, values, base in self._scanned(step, pool):
+            yield _Block(region, values, base, update)
+
+    def _contribution(self, step: Step, site: AdapterSite, pool: ThreadPoolExecutor) -> Contribution:
         """What a site adds; with a first pass over the kernel where the operation needs one."""
         operation = operation_named(site.operation)
         factors = self._factors.read(site)
@@ -231,39 +277,25 @@ class Execution:
         if operation.needs_norms:
             a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))
             passed = OutputNorms(site.parameters.equation, step.source.shape, a, b, self._device)
-            for region, values, base in self._blocks(step):
-                kernel = values if base is None else base
-                for tile in grid(region, step.tile):
-                    passed.add(tile, at_most_float32(np.ascontiguousarray(kernel[relative(tile, region)])))
+            for region, values, base in self._scanned(step, pool):
+                passed.add(region, values if base is None else base)
             norms = passed.finish()
         return operation.contribute(site, factors, site.weight * self._plan.multiplier, norms)
 
-    def _blocks(self, step: Step) -> Iterator[tuple[Region, Array, Array | None]]:
-        """Each read block of the leaf, and of its base, the next one being read ahead where it is small."""
-        regions = list(grid(full_region(step.source.shape), step.read_block))
-        size = int(np.prod(step.read_block)) * step.source.dtype.itemsize
-        if size > _READ_AHEAD_BYTES or len(regions) < 2:
-            for region in regions:
-                yield region, *self._read(step, region)
-            return
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, step, regions[0])
-            for region, following in zip(regions, [*regions[1:], None], strict=True):
-                values, base = ahead.result()
-                if following is not None:
-                    ahead = reader.submit(self._read, step, following)
-                yield region, values, base
+    def _scanned(self, step: Step, pool: ThreadPoolExecutor) -> Iterator[tuple[Region, Array, Array | None]]:
+        """The leaf's values as they start, and the base's, region by region."""
+        regions = list(grid(full_region(step.source.shape), step.block))
+        bases: Iterator[Array | None] = itertools.repeat(None, len(regions))
+        if step.base is not None and self._inputs.base is not None:
+            bases = self._inputs.base.source.scan(step.base.path, regions, pool)
+        for region, values, base in zip(regions, scan_start(self._inputs, step, regions, pool), bases, strict=True):
+            yield region, at_most_float32(values) if step.sites else values, base
 
-    def _read(self, step: Step, region: Region) -> tuple[Array, Array | None]:
-        values = read_start(self._inputs, step, region)
-        base = self._inputs.base
-        if step.base is None or base is None:
-            return values, None
-        return values, base.source.read(step.base.path, region)
-
-    def _compare_whole(self, step: Step) -> None:
-        blocks = self._blocks(step)
-        self._note_frozen(step, not all(base is None or equals_rounded(values, base) for _, values, base in blocks))
+    def _compare_whole(self, step: Step, blocks: Iterator[_Block]) -> None:
+        equal = True
+        for block in blocks:
+            equal = equal and (block.base is None or equals_rounded(block.values, block.base))
+        self._note_frozen(step, not equal)
 
     def _note_frozen(self, step: Step, differs: bool) -> None:
         if differs:
@@ -279,28 +311,10 @@ class Execution:
             )
 
     def _count_not_finite(self, step: Step, values: Array) -> None:
-        if is_float(values.dtype):
-            bad = int(np.sum(~np.isfinite(values)))
-            if bad:
-                name = step.output.name
-                self.not_finite[name] = self.not_finite.get(name, 0) + bad
-
-
-def _computed(update: KernelUpdate, step: Step, part: Region, values: Array, base: Array | None) -> Array:
-    """One write block, tile by tile, with a few tiles on the device at a time."""
-    result = np.empty(region_shape(part), step.output.dtype)
-    pending: deque[tuple[Region, PendingTile]] = deque()
-    for tile in grid(part, step.tile):
-        inside = relative(tile, part)
-        kernel = at_most_float32(np.ascontiguousarray(values[inside]))
-        added_to = None if base is None else np.ascontiguousarray(base[inside])
-        pending.append((inside, update.step(tile, kernel, added_to)))
-        if len(pending) >= _TILES_IN_FLIGHT:
-            done, waiting = pending.popleft()
-            result[done] = waiting.result()
-    for done, waiting in pending:
-        result[done] = waiting.result()
-    return result
+        bad = count_non_finite(values)
+        if bad:
+            name = step.output.name
+            self.not_finite[name] = self.not_finite.get(name, 0) + bad
 
 
 def at_most_float32(values: Array) -> Array:

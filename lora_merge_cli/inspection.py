@@ -28,7 +28,7 @@ from lora_merge_cli.errors import UnknownFormat, UnknownScale, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
-from lora_merge_cli.measurement import SiteStats, chunk_regions, site_stats
+from lora_merge_cli.measurement import SiteStats, site_stats
 from lora_merge_cli.plan import refuse_unscaled
 from lora_merge_cli.reading import FactorReader
 from lora_merge_cli.recording import group_records
@@ -44,6 +44,7 @@ from lora_merge_cli.records import (
     display,
 )
 from lora_merge_cli.report import SCHEMA_VERSION, GroupRecord
+from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import finite
 
 
@@ -406,9 +407,8 @@ def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tupl
 
 def _compare_leaf(checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, partner: KeyPath) -> BaseRow:
     equal, change_sq, base_sq = True, 0.0, 0.0
-    for region in chunk_regions(checkpoint, spec):
-        values = checkpoint.source.read(spec.path, region)
-        reference = base.source.read(partner, region)
+    leaves = [(checkpoint.source, spec), (base.source, base.source.index().tensors[partner])]
+    for _, (values, reference) in side_by_side(leaves):
         equal = equal and equals_rounded(values, reference)
         if is_float(values.dtype):
             difference = values.astype(np.float32) - reference.astype(np.float32)

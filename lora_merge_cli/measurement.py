@@ -9,9 +9,8 @@ import numpy as np
 
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.lowrank import delta_singular_values
-from lora_merge_cli.records import AdapterSite, Array, Region, TensorSpec, full_region, grid
-
-_BLOCK_BYTES = 64 * 2**20
+from lora_merge_cli.records import AdapterSite, Array, TensorSpec
+from lora_merge_cli.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, fact
     bad = int(np.sum(~np.isfinite(a))) + int(np.sum(~np.isfinite(b)))
     stacked = equation.stacked
     kernel_sq = np.zeros(spec.shape[0] if stacked else 1)
-    for region in chunk_regions(checkpoint, spec):
-        values = checkpoint.source.read(spec.path, region).astype(np.float32)
+    for region, (stored,) in side_by_side([(checkpoint.source, spec)]):
+        values = stored.astype(np.float32)
         bad += int(np.sum(~np.isfinite(values)))
         squares = np.square(values, dtype=np.float64)
         if stacked:
@@ -77,16 +76,3 @@ def _effective_rank(singular: Array) -> float:
     share = used / used.sum(axis=-1, keepdims=True)
     entropy = -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
     return float(np.exp(entropy).mean())
-
-
-def chunk_regions(checkpoint: Checkpoint, spec: TensorSpec) -> list[Region]:
-    """Whole chunks, several at a time along the first axis where they are small."""
-    chunk = [max(1, n) for n in checkpoint.source.chunk(spec.path)]
-    block = list(chunk)
-    for axis in reversed(range(len(block))):
-        size = int(np.prod(block)) * spec.dtype.itemsize
-        room = max(1, _BLOCK_BYTES // max(1, size))
-        block[axis] = min(max(1, spec.shape[axis]), block[axis] * room)
-        if block[axis] < spec.shape[axis]:
-            break
-    return list(grid(full_region(spec.shape), block))

@@ -18,8 +18,9 @@ from threadpoolctl import threadpool_limits
 from lora_merge_cli import __version__
 from lora_merge_cli.assets import check_assets
 from lora_merge_cli.errors import AlreadyMerged, UsageError, VerificationFailed
-from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, PROVENANCE, Checkpoint
+from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, PROVENANCE, Checkpoint, Compression
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs
+from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.placing import (
     AUTO,
@@ -80,6 +81,10 @@ class MergeRequest:
     """Whether an existing output may be replaced."""
     device: str | None = None
     """The JAX device, for example ``cpu`` or ``cuda:1``; JAX's default if None."""
+    compression: Compression = "none"
+    """How to keep the leaves that change, where the format can compress."""
+    jobs: int | None = None
+    """How many leaves are read, and how many blocks computed, at a time; see `jobs.jobs_or_default`. Changes no bit."""
     options: MergeOptions = field(default_factory=MergeOptions)
     """What to do with what."""
     verify: Judging | None = None
@@ -168,7 +173,8 @@ def prepare(request: MergeRequest) -> Prepared:
     inputs = open_inputs(
         request.checkpoint, request.adapters, base=request.base, step=request.step, dialect=request.dialect
     )
-    place = placement(request.output, request.to, inputs.checkpoint, request.max_shard_bytes)
+    place = placement(request.output, request.to, inputs.checkpoint, request.max_shard_bytes, request.compression)
+    jobs_or_default(request.jobs)
     if request.output is not None:
         output = anchored(request.output)
         for path in [output, provenance_path(output)] if place.is_file else [output]:
@@ -213,9 +219,9 @@ def merge(
     # Products of factors on the host are small: threads inside each would only wait for one another.
     blas = threadpool_limits(1, user_api="blas")
     with blas, staged(output, overwrite=request.overwrite, files=names) as stage:
-        destination = place.destination(stage, output, checkpoint, plan, request.max_shard_bytes)
+        destination = place.destination(stage, output, checkpoint, plan)
         sink = place.format.sink(destination, checkpoint)
-        execution = Execution(plan, inputs, device, sink.encodings, listener)
+        execution = Execution(plan, inputs, device, sink.encodings, request.jobs, listener)
         execution.check_factors()
         _refuse_repeat(checkpoint, plan, execution.adapter_digests)
         sink.write([step.output for step in plan.steps], execution.leaves(), plan.constants)

@@ -15,7 +15,7 @@ import numpy as np
 from lora_merge_cli.dtypes import is_float, mantissa_bits
 from lora_merge_cli.errors import UsageError
 from lora_merge_cli.formats import FORMATS, format_named
-from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, Checkpoint, Destination, Format
+from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, Checkpoint, Compression, Destination, Format
 from lora_merge_cli.plan import MergePlan
 from lora_merge_cli.staging import filesystem
 
@@ -35,22 +35,31 @@ class Placement:
     """What it is written as."""
     is_file: bool
     """Whether it is one file, and no directory."""
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    """The largest size of one file of arrays."""
+    compression: Compression = "none"
+    """How changed arrays are kept."""
 
-    def destination(
-        self, stage: Path, output: Path, checkpoint: Checkpoint, plan: MergePlan, shard: int
-    ) -> Destination:
+    def destination(self, stage: Path, output: Path, checkpoint: Checkpoint, plan: MergePlan) -> Destination:
         """Where a sink writes in the staging directory."""
         item = checkpoint.item or plan.model.item
         if item is None and checkpoint.format != self.format.name:
             item = _ITEM
-        return Destination(stage, output.name if self.is_file else None, item, shard)
+        file = output.name if self.is_file else None
+        return Destination(stage, file, item, self.max_shard_bytes, self.compression)
 
     def staged(self, stage: Path, output: Path) -> Path:
         """Where the result is while it is staged."""
         return stage / output.name if self.is_file else stage
 
 
-def placement(output: Path | None, to: str, checkpoint: Checkpoint, shard: int = DEFAULT_SHARD_BYTES) -> Placement:
+def placement(
+    output: Path | None,
+    to: str,
+    checkpoint: Checkpoint,
+    shard: int = DEFAULT_SHARD_BYTES,
+    compression: Compression = "none",
+) -> Placement:
     """The form that an output has, by its name and what the user asks for.
 
     Args:
@@ -58,9 +67,10 @@ def placement(output: Path | None, to: str, checkpoint: Checkpoint, shard: int =
         to: The name of a format, or ``auto`` for that of the suffix, else that of the checkpoint.
         checkpoint: What is merged into.
         shard: The largest size of one file of arrays.
+        compression: How changed arrays are kept.
 
     Raises:
-        UsageError: There is no such format, the suffix says another, or a file is to be split.
+        UsageError: There is no such format, the suffix says another, a file is to be split, or the format cannot compress.
     """
     known = [fmt.name for fmt in FORMATS]
     if to not in (AUTO, *known):
@@ -72,7 +82,10 @@ def placement(output: Path | None, to: str, checkpoint: Checkpoint, shard: int =
         raise UsageError(
             f"--to {to} and an output that is a {suffix} file", where=output, hint="give a directory, or leave --to out"
         )
-    return Placement(format_named(suffix or (checkpoint.format if to == AUTO else to)), suffix is not None)
+    chosen = format_named(suffix or (checkpoint.format if to == AUTO else to))
+    if compression != "none" and not chosen.compresses:
+        raise UsageError(f"--compression {compression}, and {chosen.name} keeps plain arrays", hint="leave it out")
+    return Placement(chosen, suffix is not None, shard, compression)
 
 
 def copy_companions(checkpoint: Checkpoint, plan: MergePlan, stage: Path) -> None:

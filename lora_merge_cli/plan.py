@@ -18,7 +18,7 @@ from lora_merge_cli.errors import (
     WrongBase,
 )
 from lora_merge_cli.inputs import Inputs, survey_inputs, tree_of
-from lora_merge_cli.operations import tile_of
+from lora_merge_cli.operations import cut
 from lora_merge_cli.options import MergeOptions, check_options
 from lora_merge_cli.records import (
     AdapterSite,
@@ -31,13 +31,13 @@ from lora_merge_cli.records import (
     Survey,
     TensorSpec,
     first_names,
+    slab,
 )
 from lora_merge_cli.selection import Selection, select
 
-_READ_TARGET = 64 * 2**20
-_WRITE_TARGET = 128 * 2**20
-_PIPELINE = 4
-_BYTES_IN_FLIGHT = 256 * 2**20  # about what a sink keeps waiting
+_BLOCK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 128 * 2**20
+_BLOCKS_IN_FLIGHT = 12  # read ahead, on the device, and on their way to storage
 _FACTOR_BYTES_PER_ENTRY = 32  # two factors and a basis in float32, and the float64 copies that the basis is made from
 _RUNTIME_BYTES = 400 * 2**20
 
@@ -59,12 +59,10 @@ class Step:
     """The checkpoint's leaf that is read; None where only an adapter has values for it."""
     origin: Origin
     """What becomes of it."""
-    read_block: tuple[int, ...]
-    """What is read at a time: whole chunks and whole tiles."""
-    write_block: tuple[int, ...]
-    """What is written at a time: a part of `read_block`."""
-    tile: tuple[int, ...] = ()
-    """What is computed at a time; depends on the leaf's shape alone."""
+    block: tuple[int, ...]
+    """What is read and computed at a time: a run of entries in row-major order; depends on the leaf alone."""
+    chunk: tuple[int, ...]
+    """What is stored in one piece, in formats that keep an array in several: a run of entries too."""
     sites: tuple[AdapterSite, ...] = ()
     """The adapters that change it."""
     replacements: tuple[Replacement, ...] = ()
@@ -255,23 +253,15 @@ def match_base(inputs: Inputs, sites: Sequence[AdapterSite]) -> Mapping[KeyPath,
 def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: TensorSpec | None) -> Step:
     start = change.start
     _refuse_unfit_dtypes(inputs, change, options)
-    chunks = [source.chunk(path) for source, path in change.read_whole(inputs)]
-    tile: tuple[int, ...] = ()
     dtype = output_dtype(change, options, inputs.dialect)
-    if change.sites:
-        tile = tile_of([site.parameters.equation for site in change.sites], start.shape)
-    if inputs.base is not None and base_spec is not None:
-        chunks.append(inputs.base.source.chunk(base_spec.path))
     output = TensorSpec(change.path, start.shape, dtype, start.kind)
-    read_block = _read_block(start, [*chunks, tile] if tile else chunks)
     return Step(
         output=output,
         source=start,
         before=change.before,
         origin=_origin(change, dtype),
-        read_block=read_block,
-        write_block=_write_block(output, read_block, tile),
-        tile=tile,
+        block=_block(change),
+        chunk=_chunk(output),
         sites=change.sites,
         replacements=change.replacements,
         base=base_spec,
@@ -320,49 +310,29 @@ def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptio
         )
 
 
-def _read_block(spec: TensorSpec, units: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The smallest block of whole units (chunks, tiles) per axis, grown from the last axis on up to a size worth a read."""
-    block = [
-        min(n, math.lcm(*(unit[axis] if unit[axis] < n else n for unit in units)) if n else 1)
-        for axis, n in enumerate(spec.shape)
-    ]
-    size = math.prod(block) * spec.dtype.itemsize
-    for axis in reversed(range(len(block))):
-        room = max(1, _READ_TARGET // max(size, 1))
-        grown = min(spec.shape[axis], block[axis] * room)
-        size = size * grown // max(block[axis], 1)
-        block[axis] = grown
-        if grown < spec.shape[axis]:
-            break
-    return tuple(max(extent, 1) for extent in block)
+def _block(change: LeafChange) -> tuple[int, ...]:
+    start = change.start
+    if change.sites:
+        return cut(change.sites[0].parameters.equation, start.shape).block
+    return slab(start.shape, _BLOCK_BYTES // start.dtype.itemsize)
 
 
-def _write_block(output: TensorSpec, read_block: Sequence[int], tile: Sequence[int]) -> tuple[int, ...]:
-    """A part of the read block that is small enough to hold several of: a layer where layers are stacked."""
-    block = list(read_block)
-    for axis in range(len(block)):
-        unit = tile[axis] if tile else 1
-        size = math.prod(block) * output.dtype.itemsize
-        is_stack = axis == 0 and len(block) > 2
-        if size <= _WRITE_TARGET and not is_stack:
-            break
-        wanted = 1 if is_stack else max(1, block[axis] * _WRITE_TARGET // size)
-        block[axis] = max(unit, wanted // unit * unit)
-    return tuple(block)
+def _chunk(output: TensorSpec) -> tuple[int, ...]:
+    """A layer where layers are stacked, so that readers may take one at a time; else what is small enough to hold several of."""
+    if len(output.shape) > 2:
+        return (1, *(max(1, extent) for extent in output.shape[1:]))
+    return slab(output.shape, _CHUNK_BYTES // output.dtype.itemsize)
 
 
 def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:
-    """An estimate: the largest block read and what it was decoded from, and beside it what still waits to be stored."""
-    reading = writing = 0
-    waiting = _BYTES_IN_FLIGHT
-    for step in steps:
-        read = math.prod(step.read_block) * step.source.dtype.itemsize
-        if step.origin == "copied":
-            # A stored value is kept in one piece until the format has it.
-            waiting = max(waiting, read)
-        if step.base is not None:
-            read += math.prod(step.read_block) * step.base.dtype.itemsize
-        reading = max(reading, read)
-        writing = max(writing, math.prod(step.write_block) * step.output.dtype.itemsize)
+    """An estimate: the blocks between reading and storing, and the largest factors."""
+    block = max(
+        (
+            math.prod(step.block) * (step.source.dtype.itemsize + step.output.dtype.itemsize)
+            + (0 if step.base is None else math.prod(step.block) * step.base.dtype.itemsize)
+            for step in steps
+        ),
+        default=0,
+    )
     held = max((spec.size for spec in factors), default=0)
-    return _RUNTIME_BYTES + 2 * reading + 2 * waiting + _PIPELINE * writing + held * _FACTOR_BYTES_PER_ENTRY
+    return _RUNTIME_BYTES + _BLOCKS_IN_FLIGHT * block + held * _FACTOR_BYTES_PER_ENTRY

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 
 import numpy as np
 
@@ -25,27 +28,30 @@ from lora_merge_cli.records import (
 _LEAVES_KEPT = 4
 
 
-def read_start(inputs: Inputs, step: Step, region: Region) -> Array:
-    """The values of a leaf in a region before any site is applied, in `step.source`'s dtype.
+def scan_start(inputs: Inputs, step: Step, regions: Sequence[Region], pool: Executor | None = None) -> Iterator[Array]:
+    """The values of a leaf before any site is applied, region by region, in `step.source`'s dtype; see `Source.scan`.
 
     Raises:
         CorruptCheckpoint: An input cannot be read.
         NonFiniteInput: An adapter's replacement holds NaN or Inf.
     """
-    values: Array | None = None
+    nothing: Iterator[Array | None] = itertools.repeat(None, len(regions))
     whole = next((found for found in step.replacements if found.rows is None), None)
+    before = brought = nothing
     if step.before is not None and (whole is None or whole.weight != 1):
-        values = inputs.checkpoint.source.read(step.before.path, region)
-        if step.replacements:
-            values = values.astype(step.source.dtype)
+        before = inputs.checkpoint.source.scan(step.before.path, regions, pool)
     if whole is not None:
-        brought = _finite(inputs, whole, region)
-        values = brought if values is None else _blend(values, brought, whole.weight)
-    assert values is not None, "a leaf comes from the checkpoint or from an adapter"
-    for found in step.replacements:
-        if found.rows is not None:
-            _replace_rows(inputs, found, region, values)
-    return values
+        brought = inputs.source(whole.adapter).scan(whole.path, regions, pool)
+    for region, own, others in zip(regions, before, brought, strict=True):
+        values = own if own is None or not step.replacements else own.astype(step.source.dtype)
+        if whole is not None and others is not None:
+            _refuse_not_finite(inputs, whole, others)
+            values = others if values is None else _blend(values, others, whole.weight)
+        assert values is not None, "a leaf comes from the checkpoint or from an adapter"
+        for found in step.replacements:
+            if found.rows is not None:
+                _replace_rows(inputs, found, region, values)
+        yield values
 
 
 def _replace_rows(inputs: Inputs, found: Replacement, region: Region, values: Array) -> None:
@@ -54,7 +60,9 @@ def _replace_rows(inputs: Inputs, found: Replacement, region: Region, values: Ar
     inside = np.flatnonzero((rows >= first.start) & (rows < first.stop))
     if not len(inside):
         return
-    brought = _finite(inputs, found, (slice(0, len(rows)), *rest))[inside]
+    span = slice(int(inside[0]), int(inside[-1]) + 1)
+    brought = inputs.source(found.adapter).read(found.path, (span, *rest))[inside - inside[0]]
+    _refuse_not_finite(inputs, found, brought)
     at = rows[inside] - first.start
     values[at] = brought if found.weight == 1 else _blend(values[at], brought, found.weight)
 
@@ -65,19 +73,18 @@ def _blend(values: Array, brought: Array, weight: float) -> Array:
     return np.asarray(unit(1 - weight) * values + unit(weight) * brought.astype(values.dtype), values.dtype)
 
 
-def _finite(inputs: Inputs, found: Replacement, region: Region) -> Array:
-    source = inputs.source(found.adapter)
-    values = source.read(found.path, region)
-    if is_float(values.dtype):
-        bad = int(np.count_nonzero(~np.isfinite(values)))
-        if bad:
-            raise NonFiniteInput(
-                "an adapter's own tensor is not finite",
-                where=f"{source.path} :: {source.index().tensors[found.path].name}",
-                expected="finite values",
-                found=f"{bad} of {values.size} entries NaN or Inf",
-            )
-    return values
+def _refuse_not_finite(inputs: Inputs, found: Replacement, values: Array) -> None:
+    if not is_float(values.dtype):
+        return
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        source = inputs.source(found.adapter)
+        raise NonFiniteInput(
+            "an adapter's own tensor is not finite",
+            where=f"{source.path} :: {source.index().tensors[found.path].name}",
+            expected="finite values",
+            found=f"{bad} of {values.size} entries NaN or Inf",
+        )
 
 
 class FactorReader:

@@ -326,6 +326,42 @@ def grid(region: Region, block: Sequence[int]) -> Iterator[Region]:
             yield (part, *tail)
 
 
+def run_around(region: Region, shape: Sequence[int]) -> Region:
+    """The smallest run of entries in row-major order that holds a region: single indices, a part of one axis, whole axes."""
+    axis = next((axis for axis, part in enumerate(region) if part.stop - part.start != 1), len(shape))
+    return (*region[: axis + 1], *full_region(shape[axis + 1 :]))
+
+
+def slab(shape: Sequence[int], limit: int) -> tuple[int, ...]:
+    """The extents of about the longest run of entries in row-major order that fills a shape evenly.
+
+    Args:
+        shape: What to fill.
+        limit: The largest number of entries, at least 1.
+
+    Returns:
+        Ones, then a part of one axis, then whole axes.
+    """
+    extents = [1] * len(shape)
+    for axis in reversed(range(len(shape))):
+        extents[axis] = even_part(shape[axis], max(1, limit))
+        if extents[axis] < shape[axis]:
+            break
+        limit //= max(1, shape[axis])
+    return tuple(extents)
+
+
+def even_part(extent: int, limit: int) -> int:
+    """The size of the fewest equal parts of at most `limit`; where only tiny parts are equal, of nearly equal ones."""
+    if extent <= limit:
+        return max(1, extent)
+    parts = -(-extent // limit)
+    for number in range(parts, 2 * parts + 1):
+        if extent % number == 0:
+            return extent // number
+    return -(-extent // parts)
+
+
 def first_names(names: Iterable[str], limit: int = 5) -> str:
     """The first few names, and how many more there are."""
     listed = list(names)

@@ -1,86 +1,60 @@
-"""Read several leaves of one shape side by side, each chunk decoded as seldom as the chunk grids allow."""
+"""Read several leaves of one shape side by side, in little memory whatever they are stored in."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from typing import TypeAlias
 
 import numpy as np
 
+from lora_merge_cli.ahead import Ahead
 from lora_merge_cli.formats.interface import Source
-from lora_merge_cli.records import Array, Region, TensorSpec, full_region, region_shape, relative
+from lora_merge_cli.records import Array, Region, TensorSpec, full_region, grid, region_shape, slab
 
-_BLOCK_BYTES = 32 * 2**20
+BLOCK_ENTRIES = 2**21
+_PIECE_ENTRIES = 2**18
 
 Leaf: TypeAlias = tuple[Source, TensorSpec]
 """A leaf, and where to read it."""
 
 
 def side_by_side(
-    leaves: Sequence[Leaf], rows: Sequence[int] | None = None
+    leaves: Sequence[Leaf], rows: Sequence[int] | None = None, pool: Executor | None = None
 ) -> Iterator[tuple[Region, tuple[Array, ...]]]:
-    """Blocks of all leaves, region by region.
-
-    The leaf with the largest chunks leads: one window of it, whole chunks, is held while the others are read inside it, so memory
-    is one window of each leaf. Small chunks are taken several at a time.
+    """Runs of entries of all leaves, from the first to the last, each leaf read ahead on a thread of its own.
 
     Args:
-        leaves: Leaves of one shape, in the order in which the blocks come.
-        rows: The indices of the first axis that are wanted; all of them if None. A single leaf may come with more.
+        leaves: Leaves of one shape, in the order in which the values come.
+        rows: The indices of the first axis that are wanted; all of them if None.
+        pool: Where parts of a leaf may be decoded at the same time.
 
     Raises:
         CorruptCheckpoint: A leaf cannot be read.
     """
-    windows = [_window(source.chunk(spec.path), spec) for source, spec in leaves]
-    order = sorted(range(len(leaves)), key=lambda i: -math.prod(windows[i]) * leaves[i][1].dtype.itemsize)
-
-    def blocks(depth: int, inside: Region) -> Iterator[tuple[Region, tuple[Array, ...]]]:
-        if depth == len(order):
-            yield inside, ()
-            return
-        source, spec = leaves[order[depth]]
-        for window in _aligned(inside, windows[order[depth]]):
-            wanted = [window] if rows is None else _rows_of(window, rows)
-            if not wanted:
-                continue
-            values = source.read(spec.path, window)
-            for region in [window] if depth + 1 == len(order) else wanted:
-                for part, others in blocks(depth + 1, region):
-                    yield part, (values[relative(part, window)], *others)
-
-    for part, values in blocks(0, full_region(leaves[0][1].shape)):
-        yield part, tuple(values[order.index(i)] for i in range(len(order)))
+    regions = list(_regions(leaves[0][1].shape, rows))
+    with contextlib.ExitStack() as held:
+        # Closed in any case: a thread that reads on would outlive its reader.
+        scans = [held.enter_context(Ahead(source.scan(spec.path, regions, pool))) for source, spec in leaves]
+        yield from zip(regions, zip(*scans, strict=True), strict=True)
 
 
-def _rows_of(window: Region, rows: Sequence[int]) -> list[Region]:
-    first, *rest = window
-    return [(slice(row, row + 1), *rest) for row in rows if first.start <= row < first.stop]
-
-
-def _window(chunk: Sequence[int], spec: TensorSpec) -> tuple[int, ...]:
-    """A chunk, grown from the last axis on to a size worth a read."""
-    block = [max(1, min(extent, size)) for extent, size in zip(chunk, spec.shape, strict=True)]
-    for axis in reversed(range(len(block))):
-        room = max(1, _BLOCK_BYTES // max(1, math.prod(block) * spec.dtype.itemsize))
-        block[axis] = min(max(1, spec.shape[axis]), block[axis] * room)
-        if block[axis] < spec.shape[axis]:
-            break
-    return tuple(block)
-
-
-def _aligned(region: Region, block: Sequence[int]) -> Iterator[Region]:
-    """Cut a region along the grid that starts at the leaf's origin, in row-major order."""
-    if not region:
-        yield ()
+def _regions(shape: tuple[int, ...], rows: Sequence[int] | None) -> Iterator[Region]:
+    if rows is None:
+        yield from grid(full_region(shape), slab(shape, BLOCK_ENTRIES))
         return
-    (first, *rest), (extent, *extents) = region, block
-    start = first.start
-    while start < first.stop:
-        stop = min((start // extent + 1) * extent, first.stop)
-        for tail in _aligned(tuple(rest), extents):
-            yield (slice(start, stop), *tail)
-        start = stop
+    inner = slab(shape[1:], BLOCK_ENTRIES)
+    for row in sorted(rows):
+        yield from grid((slice(row, row + 1), *full_region(shape[1:])), (1, *inner))
+
+
+def flat_pieces(*blocks: Array) -> Iterator[tuple[Array, ...]]:
+    """Cut blocks of one shape into runs of entries that fit a cache, side by side."""
+    flat = [block.reshape(-1) for block in blocks]
+    for start in range(0, flat[0].size, _PIECE_ENTRIES):
+        yield tuple(values[start : start + _PIECE_ENTRIES] for values in flat)
 
 
 def pieces(region: Region, entries: int = 2**18, columns: int = 512) -> Iterator[Region]:

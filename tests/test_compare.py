@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,11 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_merge_cli.compare import Comparison, Tolerance, compare_blocks, equals_rounded
+from lora_merge_cli.compare import (
+    Comparison,
+    Tolerance,
+    compare_blocks,
+    count_non_finite,
+    equals_rounded,
+    same_bytes,
+)
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.records import full_region, region_shape
-from lora_merge_cli.side_by_side import pieces, side_by_side
+from lora_merge_cli.side_by_side import flat_pieces, pieces, side_by_side
 from tests.checkpoints import save_item
 from tests.trees import BFLOAT16
 
@@ -101,6 +109,34 @@ def test_pieces_cover_a_region_once(shape: list[int], entries: int, columns: int
     assert (seen == 1).all()
 
 
+@given(shapes, st.integers(1, 20))
+def test_flat_pieces_are_the_entries_in_order(shape: list[int], entries: int) -> None:
+    values = np.arange(np.prod(shape)).reshape(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_merge_cli.side_by_side._PIECE_ENTRIES", entries)
+        cut = list(flat_pieces(values, -values))
+    assert all(len(one) <= entries for one, _ in cut)
+    assert np.concatenate([one for one, _ in cut]).tolist() == values.ravel().tolist()
+    assert all((one == -other).all() for one, other in cut)
+
+
+@given(st.binary(max_size=40), st.integers(0, 39), st.integers(1, 255))
+def test_bytes_are_the_same_or_not(buffer: bytes, at: int, change: int) -> None:
+    assert same_bytes(buffer, memoryview(bytearray(buffer)))
+    assert not same_bytes(buffer, buffer + b"x")
+    if at < len(buffer):
+        assert not same_bytes(buffer, buffer[:at] + bytes([buffer[at] ^ change]) + buffer[at + 1 :])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "int32"])
+def test_non_finite_entries_are_counted(dtype: str) -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = bits.view(_dtype(dtype)) if _dtype(dtype).itemsize <= 2 else bits.view(np.uint8).view(_dtype(dtype))
+    with np.errstate(all="ignore"):
+        wanted = 0 if dtype == "int32" else int((~np.isfinite(values.astype(np.float64))).sum())
+    assert count_non_finite(values) == wanted
+
+
 @pytest.mark.parametrize("rows", [None, (0, 3), (4,)])
 @pytest.mark.parametrize("chunks", [(None, None), (60, 200), (200, 60), (None, 60), (60, None)])
 def test_blocks_side_by_side_cover_every_leaf_once(
@@ -109,7 +145,7 @@ def test_blocks_side_by_side_cover_every_leaf_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lora_merge_cli.side_by_side._BLOCK_BYTES", 64)
+    monkeypatch.setattr("lora_merge_cli.side_by_side.BLOCK_ENTRIES", 16)
     values = np.arange(5 * 6 * 4, dtype=np.float32).reshape(5, 6, 4)
     sources = []
     for number, chunk in enumerate(chunks):
@@ -121,5 +157,6 @@ def test_blocks_side_by_side_cover_every_leaf_once(
         seen[region] += 1
         np.testing.assert_array_equal(first, values[region])
         np.testing.assert_array_equal(second, values[region] + 1000)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
     wanted = np.isin(np.arange(5), range(5) if rows is None else rows)
     assert (seen[wanted] == 1).all() and not seen[~wanted].any()

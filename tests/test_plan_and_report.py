@@ -40,19 +40,31 @@ def test_every_input_leaf_goes_exactly_one_way(exclude: tuple[str, ...], step: P
         assert (s.origin == "changed") == bool(s.sites)
 
 
-def test_blocks_are_whole_tiles_and_whole_chunks(tmp_path: Path) -> None:
+def test_blocks_and_chunks_are_runs_of_entries(tmp_path: Path) -> None:
     step = save_step(tmp_path / "5", nest(build(PALIGEMMA, ACTION).leaves), chunk_bytes=300)
-    inputs = open_inputs(step)
-    plan = plan_merge(inputs, MergeOptions(ScaleOptions({"": 3.0})))
+    plan = plan_merge(open_inputs(step), MergeOptions(ScaleOptions({"": 3.0})))
     for s in plan.steps:
-        chunk = inputs.checkpoint.source.chunk(s.source.path)
-        for block, unit, n in zip(s.read_block, chunk, s.source.shape, strict=True):
-            assert block == n or block % unit == 0
-        for outer, inner, n in zip(s.read_block, s.write_block, s.source.shape, strict=True):
-            assert outer % inner == 0 or outer == n
-        if s.sites:
-            for outer, inner, n in zip(s.write_block, s.tile, s.source.shape, strict=True):
-                assert outer % inner == 0 or outer == n
+        for extents in (s.block, s.chunk):
+            flat = np.arange(s.output.size).reshape(s.output.shape)
+            order = [flat[region].ravel() for region in grid(full_region(s.output.shape), extents)]
+            assert np.concatenate(order).tolist() == list(range(s.output.size))
+
+
+def test_the_number_of_jobs_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks, so that there are many of them under way."""
+    monkeypatch.setattr("lora_merge_cli.operations.cutting.BLOCK_ENTRIES", 64)
+    monkeypatch.setattr("lora_merge_cli.operations.cutting.TILE_ENTRIES", 16)
+    step = save_step(tmp_path / "in" / "5", nest(build(PALIGEMMA, ACTION).leaves))
+    results = []
+    for jobs in (1, 2, 7):
+        out = tmp_path / f"out{jobs}"
+        outcome = run("merge", step, "-o", out, "--lora-alpha", ALPHAS, "--jobs", jobs, "--json")
+        assert outcome.code == 0
+        results.append((restore_flat(out / "params"), outcome.json["sites"]))
+    (first, sites), *others = results
+    for values, measured in others:
+        assert measured == sites
+        assert all(values[path].tobytes() == array.tobytes() for path, array in first.items())
 
 
 def test_chunking_of_the_input_changes_no_bit(tmp_path: Path) -> None:

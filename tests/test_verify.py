@@ -180,15 +180,17 @@ def test_other_norm_stats_than_the_checkpoints_warn(case: Case) -> None:
     assert "not the checkpoint's" in message(outcome, "assets")
 
 
-@pytest.mark.parametrize("layout", [{}, {"ocdbt": False}, {"zarr3": True}])
-def test_a_truncated_chunk_is_caught(layout: dict[str, bool], case: Case) -> None:
+@pytest.mark.parametrize(
+    ("layout", "said"), [({}, "too short"), ({"ocdbt": False}, "truncated"), ({"zarr3": True}, "too short")]
+)
+def test_a_truncated_chunk_is_caught(layout: dict[str, bool], said: str, case: Case) -> None:
     merged = case.save(merged_leaves(case.tree), **layout)
     files = [file for file in (merged / "params").rglob("*") if file.is_file() and not file.name.startswith(".")]
     largest = max((file for file in files if "manifest" not in file.name), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     outcome = case.verify(merged)
     assert "readable" in failed(outcome)
-    assert "cannot be read" in message(outcome, "readable")
+    assert said in message(outcome, "readable")
 
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])

@@ -39,6 +39,7 @@ def diff(
     top: Annotated[int, typer.Option(metavar="N", help="Show the N leaves that differ most.")] = 20,
     depth: Annotated[int, typer.Option(metavar="N", help="Group leaves by the first N parts of their paths.")] = 3,
     step: options.Step = None,
+    jobs: options.Jobs = None,
     report: options.ReportPaths = None,
     github: options.Github = False,
     as_json: options.Json = False,
@@ -53,7 +54,7 @@ def diff(
         from lora_merge_cli.diffing import diff as run
 
         keep_freed_memory()
-        request = DiffRequest(a, b, step, atol, rtol, tuple(include or ()), tuple(exclude or ()), top, depth)
+        request = DiffRequest(a, b, step, atol, rtol, tuple(include or ()), tuple(exclude or ()), top, depth, jobs)
         out = Output(report, None, (a, b), github, as_json, quiet)
         with out.reports:
             with out.progress("comparing") as listener:

@@ -61,6 +61,13 @@ class DialectName(enum.StrEnum):
     minimind = "minimind"
 
 
+class Compression(enum.StrEnum):
+    """Values of ``--compression``."""
+
+    none = "none"
+    zstd = "zstd"
+
+
 class Rounding(enum.StrEnum):
     """Values of ``--rounding`` of a verification."""
 
@@ -145,6 +152,15 @@ Strict = Annotated[bool, typer.Option("--strict", help="Fail where --min-gain wo
 Sample = Annotated[
     int | None,
     typer.Option(metavar="N", help="Look at N layers of each site only, for speed.", show_default=False),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        help="Threads that read, and that compute; one per processor, up to 8, if not given.",
+        show_default=False,
+    ),
 ]
 ReportPaths = Annotated[
     list[Path] | None,

@@ -57,6 +57,7 @@ def verify(
     min_gain: options.MinGain = 0.98,
     strict: options.Strict = False,
     sample: options.Sample = None,
+    jobs: options.Jobs = None,
     report: options.ReportPaths = None,
     github: options.Github = False,
     as_json: options.Json = False,
@@ -75,7 +76,7 @@ def verify(
         asked = options.merge_options(
             lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
         )
-        judging = Judging(sample, min_gain, strict, rounding.value)
+        judging = Judging(sample, min_gain, strict, rounding.value, jobs)
         opened = open_request(
             VerifyRequest(merged, against, parse_adapters(adapter), base, step, dialect, options=asked, judging=judging)
         )

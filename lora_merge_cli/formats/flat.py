@@ -8,19 +8,17 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_merge_cli.errors import CorruptCheckpoint
+from lora_merge_cli.formats.interface import LeafData, Stored
 from lora_merge_cli.records import Array, Region, region_shape
 
-_PIECE_BYTES = 16 * 2**20
-_WRITES_IN_FLIGHT = 3
+_PIECE_BYTES = 4 * 2**20
 
 
 class FlatFile:
@@ -87,40 +85,11 @@ class FlatFile:
 
     def pieces(self, offset: int, size: int) -> Iterator[tuple[str, memoryview]]:
         """The bytes from `offset` on, piece by piece; each piece is good until the next one is asked for."""
-        buffer = memoryview(bytearray(min(size, _PIECE_BYTES)))
+        buffer = np.empty(min(size, _PIECE_BYTES), np.uint8).data
         for start in range(0, size, _PIECE_BYTES):
             piece = buffer[: min(_PIECE_BYTES, size - start)]
             self.read_into(offset + start, piece)
             yield str(start), piece
-
-
-class WriteBehind:
-    """Writes on a thread of its own, a few at a time, so that storing one block and computing the next overlap."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "write")
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> WriteBehind:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.drain()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Start a write, once there is room for it; raises what an earlier one raised."""
-        while len(self._pending) >= _WRITES_IN_FLIGHT:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(write, *arguments))
-
-    def drain(self) -> None:
-        """Wait for all writes; raises what one of them raised."""
-        while self._pending:
-            self._pending.popleft().result()
 
 
 def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:
@@ -134,12 +103,19 @@ def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:
         done += os.pwrite(descriptor, buffer[done:], offset + done)
 
 
-def write_region(descriptor: int, offset: int, shape: Sequence[int], region: Region, values: Array) -> None:
-    """Write the values of a region into a tensor whose bytes begin at `offset`; see `write_all`."""
-    if values.size:
-        raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        for start, skipped, size in runs(shape, region, values.dtype.itemsize):
-            write_all(descriptor, offset + skipped, raw[start : start + size].data)
+def pieces_of(leaf: LeafData, dtype: np.dtype[Any]) -> Iterator[memoryview]:
+    """A leaf's bytes from the first to the last.
+
+    Raises:
+        CorruptCheckpoint: Its values are of another dtype.
+    """
+    if isinstance(leaf.data, Stored):
+        yield from (memoryview(value).cast("B") for _, value in leaf.data.values)
+        return
+    for _, values in leaf.data:
+        if values.dtype != dtype:
+            raise CorruptCheckpoint("values of another dtype", where=leaf.spec.name, expected=dtype, found=values.dtype)
+        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def runs(shape: Sequence[int], region: Region, itemsize: int) -> Iterator[tuple[int, int, int]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from lora_merge_cli.records import Array, Constant, Index, KeyPath, Region, TensorSpec
 
@@ -25,11 +26,16 @@ class Stored:
     """The format's name for this way of keeping bytes; a sink takes only those that it names itself. `FLAT`: the entries in
     row-major order, little-endian, in pieces whose names do not matter."""
     values: Iterable[tuple[str, bytes | memoryview]]
-    """Each stored value with its name inside the leaf."""
+    """Each stored value with its name inside the leaf, in pieces that follow one another under that name. A piece is good until the
+    next one is asked for."""
+
+
+Compression: TypeAlias = Literal["none", "zstd"]
+"""How changed arrays are kept, in formats that can compress them."""
 
 
 Blocks: TypeAlias = Iterator[tuple[Region, Array]]
-"""A leaf's data, region by region; every region is a whole number of the leaf's write blocks."""
+"""A leaf's data from its first entry to its last: runs of entries in row-major order, each with where it lies."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class LeafData:
 
     spec: TensorSpec
     """What the leaf is to be."""
-    block: tuple[int, ...]
-    """The extents of a write block; a region is one of these, cut off at the leaf's end."""
+    chunk: tuple[int, ...]
+    """What to keep in one piece, in formats that keep an array in several; a run of entries in row-major order."""
     data: Stored | Blocks
     """Its bytes, or its values."""
     same_as: KeyPath | None = None
@@ -62,16 +68,25 @@ class Source(Protocol):
         """
         ...
 
-    def chunk(self, path: KeyPath) -> tuple[int, ...]:
-        """The extents of the leaf's own chunks: slices made of whole ones are cheap, others decode too much."""
-        ...
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:
+        """Read a leaf from front to back in little memory, whatever it is stored in.
 
-    def read(self, path: KeyPath, region: Region) -> Array:
-        """The values in `region`, in the stored dtype, on the host.
+        Args:
+            path: The leaf.
+            regions: What to read: runs of entries in row-major order (single indices, a part of one axis, whole axes), ascending
+                and disjoint. What lies between them is skipped.
+            pool: Where parts of the leaf may be decoded at the same time.
+
+        Returns:
+            The values of each region, in the stored dtype, on the host, as they are asked for.
 
         Raises:
             CorruptCheckpoint: A stored value is missing, truncated or damaged.
         """
+        ...
+
+    def read(self, path: KeyPath, region: Region) -> Array:
+        """The values in any region at once; see `scan`."""
         ...
 
     def stored(self, path: KeyPath) -> Stored | None:
@@ -155,6 +170,8 @@ class Destination:
     """The name of the folder for the arrays, in formats that have one."""
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     """The largest size of one file of arrays, in formats that split them."""
+    compression: Compression = "none"
+    """How to keep what is not copied as it is stored, in formats that can compress."""
 
 
 class Format(Protocol):
@@ -163,6 +180,11 @@ class Format(Protocol):
     @property
     def name(self) -> str:
         """The name that reports and errors use."""
+        ...
+
+    @property
+    def compresses(self) -> bool:
+        """Whether its sinks can compress arrays."""
         ...
 
     def open(self, path: Path, step: int | None) -> Checkpoint | None:

@@ -30,6 +30,7 @@ class OrbaxFormat:
     """Orbax PyTree checkpoints: OCDBT or one zarr directory per array, zarr 2 or 3."""
 
     name = "orbax"
+    compresses = True
 
     def open(self, path: Path, step: int | None) -> Checkpoint | None:
         """See `Format.open`."""
@@ -59,7 +60,7 @@ class OrbaxFormat:
     def sink(self, destination: Destination, like: Checkpoint) -> Sink:
         """See `Format.sink`."""
         version = like.source.zarr_version if isinstance(like.source, OrbaxSource) else 2
-        return OrbaxSink(destination.directory, destination.item, version)
+        return OrbaxSink(destination.directory, destination.item, version, destination.compression)
 
 
 def _is_item(path: Path) -> bool:

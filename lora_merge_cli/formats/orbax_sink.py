@@ -1,57 +1,45 @@
-"""Writing one Orbax item: arrays through TensorStore into an OCDBT database, metadata as Orbax writes it.
+"""Writing one Orbax item: an OCDBT database of zarr arrays, with the metadata as Orbax writes them.
 
-TensorStore and three small JSON files, not Orbax's own save: that takes whole arrays, its streaming interface is not stable, and
-importing it costs more than a small merge. What Orbax itself reads of the result is proven in ``tests/compat``.
+Not Orbax's own save: that takes whole arrays, its streaming interface is not stable, and importing it costs more than a small
+merge. Nor TensorStore: it copies what it stores several times. What both read of the result is proven in ``tests/compat``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from lora_merge_cli.errors import UnsupportedCheckpoint, storage_refusal
-from lora_merge_cli.formats.interface import LeafData, Stored
+from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint, storage_refusal
+from lora_merge_cli.formats.file_writer import FileWriter
+from lora_merge_cli.formats.flat import pieces_of
+from lora_merge_cli.formats.interface import Compression, LeafData, Stored
+from lora_merge_cli.formats.ocdbt_writer import OcdbtWriter
 from lora_merge_cli.formats.orbax_metadata import Entry, write_step, write_tree
-from lora_merge_cli.formats.waiting import finished
-from lora_merge_cli.records import Array, Constant, Region, TensorSpec, display
+from lora_merge_cli.formats.zarr_array import ZarrArray
+from lora_merge_cli.formats.zarr_encoding import chunks_of, metadata_of
+from lora_merge_cli.records import Array, Constant, TensorSpec, display
 
-_BYTES_IN_FLIGHT = 384 * 2**20
 _NUMBERS: dict[str, Callable[[str], Array]] = {
     "int": lambda text: np.asarray(int(text), np.int64),
     "float": lambda text: np.asarray(float(text), np.float64),
     "bool": lambda text: np.asarray(text == "True"),
 }
-_CODECS: dict[int, dict[str, Any]] = {
-    2: {"compressor": {"id": "zstd", "level": 1}},
-    3: {
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": 1}},
-        ]
-    },
-}
-# Orbax's own values: metadata inline, nodes large enough for one per checkpoint.
-_OCDBT = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 
 class OrbaxSink:
     """Writes one item. See `Sink` for what each method promises."""
 
-    def __init__(self, directory: Path, item: str | None, zarr_version: int) -> None:
+    def __init__(self, directory: Path, item: str | None, zarr_version: int, compression: Compression = "none") -> None:
         self._directory = directory
         self._item = item
         self._path = directory if item is None else directory / item
         self._zarr_version = zarr_version
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._compression: Compression = compression
         self._started_ns = time.time_ns()
 
     @property
@@ -60,68 +48,72 @@ class OrbaxSink:
         return frozenset({f"orbax-zarr{self._zarr_version}"})
 
     def write(self, specs: Sequence[TensorSpec], leaves: Iterable[LeafData], constants: Iterable[Constant]) -> int:
-        """See `Sink.write`."""
+        """See `Sink.write`.
+
+        Raises:
+            CorruptCheckpoint: A leaf was not given in full.
+        """
         numbers, constants = _numbers_as_leaves(constants)
         specs, leaves = [*specs, *(leaf.spec for leaf in numbers)], itertools.chain(leaves, numbers)
-        with _storing(self._path):
-            self._path.mkdir(parents=True, exist_ok=True)
-        pending: deque[tuple[int, ts.Future[Any]]] = deque()
-        total = in_flight = 0
-        try:
+        total = 0
+        with contextlib.ExitStack() as held:
+            database = OcdbtWriter(self._path, lambda path: held.enter_context(FileWriter(path)))
             for leaf in leaves:
-                for size, start in self._writes(leaf):
+                for name, pieces in self._values(leaf):
                     with _storing(self._path):
-                        while pending and in_flight + size > _BYTES_IN_FLIGHT:
-                            in_flight -= _wait_for_first(pending)
-                        future = start()
-                        future.force()
-                        pending.append((size, future))
-                    in_flight += size
-                    total += size
+                        total += database.add(name, pieces)
             with _storing(self._path):
-                while pending:
-                    _wait_for_first(pending)
-        finally:
-            # A write that still runs would bring back the directory that a failed run is about to remove.
-            for _, future in pending:
-                with contextlib.suppress(Exception):
-                    finished(future)
+                database.finish()
         with _storing(self._path):
             write_tree(self._path, specs, constants, self._zarr_version)
             write_step(self._directory, self._item, self._started_ns)
         return total
 
-    def _writes(self, leaf: LeafData) -> Iterator[tuple[int, Callable[[], ts.Future[Any]]]]:
-        """The size of each value to be stored, and the call that starts storing it."""
-        prefix = f"{Entry(leaf.spec.path, '', skipped=False).storage_name}/"
+    def _values(self, leaf: LeafData) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
+        """Each value to be stored, with its key and its bytes; to be taken in turn."""
+        folder = Entry(leaf.spec.path, "", skipped=False).storage_name
         if isinstance(leaf.data, Stored):
-            with _storing(self._path):
-                store = finished(ts.KvStore.open(self._kvstore(prefix), context=self._context))
-            for name, value in leaf.data.values:
-                yield len(value), functools.partial(store.write, name, value)
+            for name, group in itertools.groupby(leaf.data.values, key=lambda value: value[0]):
+                yield f"{folder}/{name}", (piece for _, piece in group)
             return
-        with _storing(self._path):
-            opening = ts.open(
-                {
-                    "driver": "zarr3" if self._zarr_version == 3 else "zarr",
-                    "kvstore": self._kvstore(prefix),
-                    "metadata": _CODECS[self._zarr_version],
-                    "store_data_equal_to_fill_value": True,
-                },
-                create=True,
-                open=True,
-                dtype=ts.dtype(leaf.spec.dtype),
-                shape=leaf.spec.shape,
-                chunk_layout=ts.ChunkLayout(chunk_shape=leaf.block),
-                context=self._context,
-            )
-            array = finished(opening)
-        for region, values in leaf.data:
-            yield values.nbytes, functools.partial(_write_region, array, region, values)
+        array = ZarrArray(
+            leaf.spec.shape,
+            leaf.chunk,
+            leaf.spec.dtype,
+            "raw" if self._compression == "none" else "zstd",
+            *((".", ()) if self._zarr_version == 2 else ("/", ("c",))),
+        )
+        try:
+            name, document = metadata_of(array, self._zarr_version)
+        except ValueError as error:
+            raise UnsupportedCheckpoint(
+                "a dtype that Orbax cannot keep",
+                where=f"{self._path} :: {leaf.spec.name}",
+                found=leaf.spec.dtype.name,
+                hint="pass --to safetensors",
+            ) from error
+        yield f"{folder}/{name}", [document]
+        given = 0
 
-    def _kvstore(self, prefix: str) -> dict[str, Any]:
-        files = {"driver": "file", "path": f"{self._path}/"}
-        return {"driver": "ocdbt", "base": files, "config": _OCDBT, "path": prefix}
+        def counted() -> Iterator[memoryview]:
+            nonlocal given
+            for piece in pieces_of(leaf, leaf.spec.dtype):
+                given += len(piece)
+                yield piece
+
+        stream = counted()
+        for name, pieces in chunks_of(array, stream):
+            yield f"{folder}/{name}", pieces
+        # Pulled to its end, so that whoever makes the leaf sees that it is done.
+        for _ in stream:
+            pass
+        if given != leaf.spec.nbytes:
+            raise CorruptCheckpoint(
+                "a leaf that was not given in full",
+                where=f"{self._path} :: {leaf.spec.name}",
+                expected=f"{leaf.spec.nbytes} bytes",
+                found=given,
+            )
 
 
 def _numbers_as_leaves(constants: Iterable[Constant]) -> tuple[list[LeafData], list[Constant]]:
@@ -141,18 +133,6 @@ def _numbers_as_leaves(constants: Iterable[Constant]) -> tuple[list[LeafData], l
             ) from error
         numbers.append(LeafData(TensorSpec(constant.path, (), value.dtype, "scalar"), (), iter([((), value)])))
     return numbers, others
-
-
-def _wait_for_first(pending: deque[tuple[int, ts.Future[Any]]]) -> int:
-    """Wait for the oldest write and return its size. It stays listed until it is done, whatever interrupts the wait."""
-    size, future = pending[0]
-    finished(future)
-    pending.popleft()
-    return size
-
-
-def _write_region(array: ts.TensorStore, region: Region, values: Array) -> ts.Future[Any]:
-    return array[region].write(values).commit
 
 
 @contextlib.contextmanager

@@ -1,25 +1,21 @@
-"""Reading the arrays of one Orbax item through TensorStore, always to the host.
-
-TensorStore alone would hide two kinds of loss: a missing chunk reads as zeros, and a missing data file of an OCDBT database reads
-as an empty value. Both are looked for here.
-"""
+"""Reading the arrays of one Orbax item, always to the host."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import itertools
-import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import tensorstore as ts
+from typing import TYPE_CHECKING
 
 from lora_merge_cli.errors import CorruptCheckpoint
+from lora_merge_cli.formats.flat import FlatFile
 from lora_merge_cli.formats.interface import Stored
+from lora_merge_cli.formats.ocdbt_reader import Value, read_database
 from lora_merge_cli.formats.orbax_metadata import (
     TREE_FILE,
     Entry,
@@ -28,14 +24,19 @@ from lora_merge_cli.formats.orbax_metadata import (
     read_tree,
     refuse_extended_types,
 )
-from lora_merge_cli.formats.waiting import finished
-from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, display, first_names
+from lora_merge_cli.formats.zarr_array import ZarrArray
+from lora_merge_cli.formats.zarr_scan import scan
+from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, display, first_names, relative, run_around
+
+if TYPE_CHECKING:
+    from lora_merge_cli.formats.orbax_tensorstore import TensorStoreArray
 
 MANIFEST = "manifest.ocdbt"
 
 _ARRAY_METADATA = {2: ".zarray", 3: "zarr.json"}
 _STORED_NAME = {2: re.compile(r"\.zarray|\d+([./]\d+)*"), 3: re.compile(r"zarr\.json|c([./]\d+)*")}
 _FIRST_LINE = 300
+_COPY_AGAIN = "a file is missing or damaged: copy the checkpoint again from where it was written"
 
 
 class OrbaxSource:
@@ -44,11 +45,10 @@ class OrbaxSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ocdbt = (path / MANIFEST).exists()
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-        self._tree: TreeMetadata | None = None
-        self._index: Index | None = None
         self._entries: dict[KeyPath, Entry] = {}
-        self._arrays: dict[KeyPath, ts.TensorStore] = {}
+        self._arrays: dict[KeyPath, ZarrArray | TensorStoreArray] = {}
+        # A file is opened once, not once per chunk.
+        self._opened = functools.lru_cache(8)(FlatFile)
 
     @property
     def path(self) -> Path:
@@ -58,25 +58,26 @@ class OrbaxSource:
     @property
     def zarr_version(self) -> int:
         """2 or 3."""
-        return self._read_tree().zarr_version
+        return self._tree.zarr_version
 
     def index(self) -> Index:
         """See `Source.index`."""
-        if self._index is None:
-            self._index = self._build_index()
         return self._index
 
-    def chunk(self, path: KeyPath) -> tuple[int, ...]:
-        """See `Source.chunk`."""
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:
+        """See `Source.scan`."""
         array = self._array(path)
-        return _known(array.chunk_layout.read_chunk.shape, array.shape)
+        with self._naming(path):
+            if isinstance(array, ZarrArray):
+                prefix = self._entries[path].storage_name
+                yield from scan(array, lambda name: self._values[f"{prefix}/{name}"], regions, self._opened, pool)
+            else:
+                yield from array.scan(regions)
 
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`."""
-        try:
-            return np.asarray(finished(self._array(path)[region].read()))
-        except (ValueError, OSError) as error:
-            raise self._corrupt(path, error) from error
+        around = run_around(region, self._index.tensors[path].shape)
+        return next(self.scan(path, [around]))[relative(region, around)]
 
     def stored(self, path: KeyPath) -> Stored | None:
         """See `Source.stored`.
@@ -84,7 +85,7 @@ class OrbaxSource:
         Only an OCDBT database keeps the length of each value, so only there is a copy a check. Where chunks of zeros were left
         out, a copy would have to leave them out too, which the output's metadata denies.
         """
-        if not (self._ocdbt and self._read_tree().fill_values_stored):
+        if not (self._ocdbt and self._tree.fill_values_stored):
             return None
         return Stored(f"orbax-zarr{self.zarr_version}", self._stored_values(path))
 
@@ -101,133 +102,118 @@ class OrbaxSource:
                     digest.update(file.read_bytes())
         return f"sha256:{digest.hexdigest()}"
 
-    def _read_tree(self) -> TreeMetadata:
-        if self._tree is None:
-            self._tree = read_tree(self._path)
-            refuse_extended_types(self._path)
-        return self._tree
+    @functools.cached_property
+    def _tree(self) -> TreeMetadata:
+        tree = read_tree(self._path)
+        refuse_extended_types(self._path)
+        return tree
 
-    def _build_index(self) -> Index:
-        tree = self._read_tree()
-        constants, opening = [], {}
+    @functools.cached_property
+    def _values(self) -> Mapping[str, Value]:
+        """Where each stored value lies."""
+        if self._ocdbt:
+            return read_database(self._path)
+        files = (Path(folder, name) for folder, _, names in os.walk(self._path) for name in names)
+        return {file.relative_to(self._path).as_posix(): Value(file.stat().st_size, None, file) for file in files}
+
+    @functools.cached_property
+    def _index(self) -> Index:
+        tree = self._tree
+        constants, tensors = [], {}
         for entry in tree.entries:
             constant = constant_of(entry, tree, self._path)
             if constant is not None:
                 constants.append(constant)
                 continue
             self._entries[entry.path] = entry
-            opening[entry.path] = ts.open(
-                {
-                    "driver": "zarr3" if tree.zarr_version == 3 else "zarr",
-                    "kvstore": self._kvstore(f"{entry.storage_name}/"),
-                    "recheck_cached_data": False,
-                    "recheck_cached_metadata": False,
-                },
-                open=True,
-                read=True,
-                context=self._context,
+            with self._naming(entry.path):
+                array = self._open_array(entry)
+            self._arrays[entry.path] = array
+            tensors[entry.path] = TensorSpec(
+                entry.path, array.shape, array.dtype, "scalar" if entry.value_type == "scalar" else "array"
             )
-        tensors = {}
-        for path, future in opening.items():
-            try:
-                array = finished(future)
-            except (ValueError, OSError) as error:
-                raise self._corrupt(path, error) from error
-            self._arrays[path] = array
-            tensors[path] = TensorSpec(
-                path,
-                tuple(array.shape),
-                np.dtype(array.dtype.numpy_dtype),
-                "scalar" if self._entries[path].value_type == "scalar" else "array",
-            )
-        if tree.fill_values_stored:
-            self._refuse_missing_chunks(tensors)
+            if tree.fill_values_stored and tensors[entry.path].size:
+                self._refuse_missing_chunks(entry, array)
         return Index(tensors, tuple(constants))
 
-    def _kvstore(self, prefix: str) -> dict[str, Any]:
-        files = {"driver": "file", "path": f"{self._path}/"}
-        if self._ocdbt:
-            return {"driver": "ocdbt", "base": files, "path": prefix}
-        return {"driver": "file", "path": f"{self._path}/{prefix}"}
+    def _open_array(self, entry: Entry) -> ZarrArray | TensorStoreArray:
+        name = f"{entry.storage_name}/{_ARRAY_METADATA[self.zarr_version]}"
+        if name not in self._values:
+            raise CorruptCheckpoint("an array without metadata", found=f"no {name}", hint=_COPY_AGAIN)
+        array = ZarrArray.parse(self._bytes(self._values[name]), self.zarr_version)
+        # A reader of its own would have to make up the chunks that were left out.
+        if array is not None and self._tree.fill_values_stored:
+            return array
+        from lora_merge_cli.formats.orbax_tensorstore import TensorStoreArray
 
-    def _array(self, path: KeyPath) -> ts.TensorStore:
+        return TensorStoreArray(self._path, entry.storage_name, self.zarr_version, ocdbt=self._ocdbt)
+
+    def _array(self, path: KeyPath) -> ZarrArray | TensorStoreArray:
         self.index()
         return self._arrays[path]
 
-    def _refuse_missing_chunks(self, tensors: dict[KeyPath, TensorSpec]) -> None:
-        present = self._names()
-        for path, spec in tensors.items():
-            if spec.size == 0:
-                continue
-            shape = _known(self._arrays[path].chunk_layout.write_chunk.shape, spec.shape)
-            counts = [math.ceil(n / c) for n, c in zip(spec.shape, shape, strict=True)]
-            prefix = self._entries[path].storage_name
-            missing = [name for name in self._chunk_names(path, counts) if f"{prefix}/{name}" not in present]
-            if missing:
-                raise CorruptCheckpoint(
-                    "chunks are missing",
-                    where=f"{self._path} :: {display(path)}",
-                    expected=f"{math.prod(counts)} chunks",
-                    found=f"none at {first_names(missing, 3)}",
-                    hint="copy the checkpoint again from where it was written",
-                )
+    def _bytes(self, value: Value) -> bytes:
+        if value.inline is not None:
+            return value.inline
+        assert value.file is not None, "a value is inline or in a file"
+        return self._opened(value.file).read_bytes(value.offset, value.size)
 
-    def _chunk_names(self, path: KeyPath, counts: list[int]) -> Iterator[str]:
-        metadata = self._arrays[path].spec().to_json()["metadata"]
-        indices = itertools.product(*map(range, counts))
-        if self.zarr_version == 2:
-            separator = metadata.get("dimension_separator", ".")
-            return (separator.join(map(str, index)) or "0" for index in indices)
-        encoding = metadata.get("chunk_key_encoding", {"name": "default"})
-        separator = encoding.get("configuration", {}).get("separator")
-        if encoding["name"] == "v2":
-            return ((separator or ".").join(map(str, index)) or "0" for index in indices)
-        return ((separator or "/").join(("c", *map(str, index))) for index in indices)
+    def _refuse_missing_chunks(self, entry: Entry, array: ZarrArray | TensorStoreArray) -> None:
+        names = list(array.names())
+        missing = [name for name in names if f"{entry.storage_name}/{name}" not in self._values]
+        if missing:
+            raise CorruptCheckpoint(
+                "chunks are missing",
+                where=f"{self._path} :: {display(entry.path)}",
+                expected=f"{len(names)} chunks",
+                found=f"none at {first_names(missing, 3)}",
+                hint="copy the checkpoint again from where it was written",
+            )
 
-    def _names(self) -> frozenset[str]:
-        if self._ocdbt:
-            try:
-                store = finished(ts.KvStore.open(self._kvstore(""), context=self._context))
-                return frozenset(name.decode() for name in finished(store.list()))
-            except (ValueError, OSError) as error:
-                raise self._corrupt(None, error) from error
-        return frozenset(
-            Path(folder, name).relative_to(self._path).as_posix()
-            for folder, _, files in os.walk(self._path)
-            for name in files
-        )
+    @functools.cached_property
+    def _names(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the stored values inside each array."""
+        names: dict[str, list[str]] = {}
+        folders = {entry.storage_name for entry in self._entries.values()}
+        for full in self._values:
+            head, _, name = full.partition("/")
+            while head not in folders and name:
+                more, _, name = name.partition("/")
+                head = f"{head}/{more}"
+            names.setdefault(head, []).append(name)
+        return {folder: tuple(found) for folder, found in names.items()}
 
-    def _stored_values(self, path: KeyPath) -> Iterator[tuple[str, bytes]]:
+    def _stored_values(self, path: KeyPath) -> Iterator[tuple[str, bytes | memoryview]]:
         self.index()
-        prefix = f"{self._entries[path].storage_name}/"
-        store = finished(ts.KvStore.open(self._kvstore(prefix), context=self._context))
+        folder = self._entries[path].storage_name
         pattern = _STORED_NAME[self.zarr_version]
+        with self._naming(path):
+            for name in filter(pattern.fullmatch, self._names[folder]):
+                value = self._values[f"{folder}/{name}"]
+                if not value.size:
+                    raise CorruptCheckpoint("a stored chunk is empty", found=f"no bytes for {name}", hint=_COPY_AGAIN)
+                if value.inline is not None or value.file is None:
+                    yield name, value.inline or b""
+                else:
+                    for _, piece in self._opened(value.file).pieces(value.offset, value.size):
+                        yield name, piece
+
+    @contextlib.contextmanager
+    def _naming(self, path: KeyPath) -> Iterator[None]:
+        """Let an error name the leaf."""
+        where = f"{self._path} :: {display(path)}"
         try:
-            names = sorted(name.decode() for name in finished(store.list()))
-            for name in filter(pattern.fullmatch, names):
-                value = finished(store.read(name)).value
-                if not value:
-                    raise CorruptCheckpoint(
-                        "a stored chunk is empty, so a data file is missing",
-                        where=f"{self._path} :: {display(path)}",
-                        found=f"no bytes for {name}",
-                        hint="copy the checkpoint again from where it was written",
-                    )
-                yield name, value
+            yield
+        except CorruptCheckpoint as error:
+            if error.where is not None and "::" in str(error.where):
+                raise
+            raise CorruptCheckpoint(
+                error.what,
+                where=where,
+                expected=error.expected,
+                found=error.found,
+                hint=error.hint or _COPY_AGAIN,
+            ) from error
         except (ValueError, OSError) as error:
-            raise self._corrupt(path, error) from error
-
-    def _corrupt(self, path: KeyPath | None, error: Exception) -> CorruptCheckpoint:
-        where = str(self._path) if path is None else f"{self._path} :: {display(path)}"
-        reason = str(error).split(" [")[0]
-        return CorruptCheckpoint(
-            "cannot be read",
-            where=where,
-            found=reason[:_FIRST_LINE],
-            hint="a file is missing or damaged: copy the checkpoint again from where it was written",
-        )
-
-
-def _known(chunk: Sequence[int | None] | None, shape: Sequence[int]) -> tuple[int, ...]:
-    """A chunk's extents; the array's own where the layout leaves one open."""
-    return tuple(n if c is None else c for c, n in zip(chunk or shape, shape, strict=True))
+            reason = str(error).split(" [")[0][:_FIRST_LINE]
+            raise CorruptCheckpoint("cannot be read", where=where, found=reason, hint=_COPY_AGAIN) from error

@@ -53,6 +53,7 @@ class SafetensorsFormat:
     """Safetensors: one file, or a directory with one or with shards and their index."""
 
     name = "safetensors"
+    compresses = False
 
     def open(self, path: Path, step: int | None) -> Checkpoint | None:
         """See `Format.open`."""

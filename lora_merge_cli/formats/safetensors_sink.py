@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_merge_cli.errors import CorruptCheckpoint, storage_refusal
-from lora_merge_cli.formats.flat import WriteBehind, write_all, write_region
-from lora_merge_cli.formats.interface import FLAT, Checkpoint, Destination, LeafData, Stored
+from lora_merge_cli.formats.file_writer import FileWriter
+from lora_merge_cli.formats.flat import pieces_of
+from lora_merge_cli.formats.interface import FLAT, Checkpoint, Destination, LeafData
 from lora_merge_cli.formats.safetensors_header import Entry, build_header
 from lora_merge_cli.formats.safetensors_paths import PREFIX, encode_tables, is_flat, name_of, refuse_collisions
-from lora_merge_cli.records import Array, Constant, KeyPath, Region, TensorSpec
+from lora_merge_cli.records import Constant, KeyPath, TensorSpec
 
 MODEL_STEM = "model"
 """What files are called that hold a state dict, for any library to load."""
@@ -23,11 +23,17 @@ TREE_STEM = "params"
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a leaf goes."""
+class _File:
+    """One file to be."""
 
-    file: Path
-    entry: Entry
+    path: Path
+    header: bytes
+    entries: Mapping[KeyPath, Entry]
+    """Where in the file each leaf goes."""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(entry.nbytes for entry in self.entries.values())
 
 
 class SafetensorsSink:
@@ -54,27 +60,25 @@ class SafetensorsSink:
             directory.mkdir(parents=True, exist_ok=True)
         refuse_collisions(specs)
         shards = self._shards(specs)
-        places, total = self._begin(shards, tuple(constants))
+        files = [self._file(name, group, tuple(constants)) for name, group in shards.items()]
+        places = {path: file for file in files for path in file.entries}
         given: set[KeyPath] = set()
-        # Closed last: whatever is still being written needs its file.
-        with contextlib.ExitStack() as held, WriteBehind() as behind:
-            current: Path | None = None
-            descriptor = -1
+        with contextlib.ExitStack() as held:
+            current: _File | None = None
             for leaf in leaves:
-                place = places[leaf.spec.path]
-                if place.file != current:
-                    behind.drain()
+                file = places[leaf.spec.path]
+                if file is not current:
                     held.close()
-                    descriptor = _open(place.file, os.O_WRONLY)
-                    held.callback(os.close, descriptor)
-                    current = place.file
-                total += _write_leaf(descriptor, place, leaf, behind)
+                    current, writer = file, held.enter_context(_begun(file))
+                _write_leaf(writer, file, leaf)
                 given.add(leaf.spec.path)
+            if not places:
+                held.enter_context(_begun(files[0]))
         for path in places.keys() - given:
-            raise _incomplete(places[path], 0)
+            raise _incomplete(places[path], places[path].entries[path], 0)
         if len(shards) > 1:
             self._write_index(shards)
-        return total
+        return sum(file.nbytes for file in files)
 
     def _shards(self, specs: Sequence[TensorSpec]) -> dict[str, list[TensorSpec]]:
         """What goes into which file. A shard ends where the next leaf would make it too large."""
@@ -96,31 +100,20 @@ class SafetensorsSink:
             for number, group in enumerate(groups, start=1)
         }
 
-    def _begin(
-        self, shards: dict[str, list[TensorSpec]], constants: tuple[Constant, ...]
-    ) -> tuple[dict[KeyPath, _Place], int]:
-        """Create every file with its header: where each leaf goes, and the bytes written."""
-        everything = [spec for group in shards.values() for spec in group]
-        metadata = self._metadata or ({"format": "pt"} if is_flat(everything) else {})
-        places: dict[KeyPath, _Place] = {}
-        total = 0
-        for name, group in shards.items():
-            file = self._destination.directory / name
-            # Wider entries first: without gaps, every tensor is then aligned to its own entries.
-            ordered = sorted(group, key=lambda spec: -spec.dtype.itemsize)
-            header, entries = build_header(
-                [(name_of(spec.path), spec.shape, spec.dtype) for spec in ordered],
-                metadata | encode_tables(group, constants),
-            )
-            places |= {spec.path: _Place(file, entry) for spec, entry in zip(ordered, entries, strict=True)}
-            descriptor = _open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                with _storing(file):
-                    write_all(descriptor, 0, memoryview(header))
-            finally:
-                os.close(descriptor)
-            total += len(header)
-        return places, total
+    def _file(self, name: str, group: Sequence[TensorSpec], constants: tuple[Constant, ...]) -> _File:
+        """A file's header, and where in it each leaf goes."""
+        metadata = self._metadata or ({"format": "pt"} if is_flat(group) else {})
+        # Wider entries first: without gaps, every tensor is then aligned to its own entries.
+        ordered = sorted(group, key=lambda spec: -spec.dtype.itemsize)
+        header, entries = build_header(
+            [(name_of(spec.path), spec.shape, spec.dtype) for spec in ordered],
+            metadata | encode_tables(group, constants),
+        )
+        return _File(
+            self._destination.directory / name,
+            header,
+            {spec.path: entry for spec, entry in zip(ordered, entries, strict=True)},
+        )
 
     def _write_index(self, shards: dict[str, list[TensorSpec]]) -> None:
         everything = [spec for group in shards.values() for spec in group]
@@ -137,41 +130,31 @@ def _stem(specs: Sequence[TensorSpec]) -> str:
     return MODEL_STEM if is_flat(specs) else TREE_STEM
 
 
-def _write_leaf(descriptor: int, place: _Place, leaf: LeafData, behind: WriteBehind) -> int:
-    """Write a leaf to its place, blocks while the next one is computed, and return its size."""
-    entry = place.entry
+@contextlib.contextmanager
+def _begun(file: _File) -> Iterator[FileWriter]:
+    """A file with its header, for the leaves to be written to."""
+    with _storing(file.path), FileWriter(file.path) as writer:
+        writer.append(file.header)
+        yield writer
+
+
+def _write_leaf(writer: FileWriter, file: _File, leaf: LeafData) -> None:
+    """Write a leaf to its place."""
+    entry = file.entries[leaf.spec.path]
     done = 0
-    if isinstance(leaf.data, Stored):
-        for _, value in leaf.data.values:
-            with _storing(place.file):
-                write_all(descriptor, entry.offset + done, memoryview(value))
-            done += len(value)
-    else:
-        for region, values in leaf.data:
-            if values.dtype != entry.dtype:
-                raise _incomplete(place, f"values in {values.dtype}")
-            behind.submit(_write_block, descriptor, place, region, values)
-            done += values.nbytes
+    for piece in pieces_of(leaf, entry.dtype):
+        with _storing(file.path):
+            writer.write(entry.offset + done, piece)
+        done += len(piece)
     if done != entry.nbytes:
-        raise _incomplete(place, done)
-    return done
+        raise _incomplete(file, entry, done)
 
 
-def _write_block(descriptor: int, place: _Place, region: Region, values: Array) -> None:
-    with _storing(place.file):
-        write_region(descriptor, place.entry.offset, place.entry.shape, region, values)
-
-
-def _open(file: Path, flags: int) -> int:
-    with _storing(file):
-        return os.open(file, flags, 0o666)
-
-
-def _incomplete(place: _Place, found: object) -> CorruptCheckpoint:
+def _incomplete(file: _File, entry: Entry, found: int) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         "a leaf that was not given in full",
-        where=f"{place.file} :: {place.entry.name}",
-        expected=f"{place.entry.nbytes} bytes in {place.entry.dtype}",
+        where=f"{file.path} :: {entry.name}",
+        expected=f"{entry.nbytes} bytes in {entry.dtype}",
         found=found,
     )
 

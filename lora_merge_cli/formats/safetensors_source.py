@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -87,10 +88,9 @@ class SafetensorsSource:
         """See `Source.index`."""
         return self._index
 
-    def chunk(self, path: KeyPath) -> tuple[int, ...]:
-        """See `Source.chunk`: one row, since rows lie one behind the other."""
-        shape = self._index.tensors[path].shape
-        return (1, *(max(1, extent) for extent in shape[1:])) if shape else ()
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:  # noqa: ARG002
+        """See `Source.scan`: plain bytes need no decoding."""
+        return (self.read(path, region) for region in regions)
 
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`."""

@@ -38,6 +38,7 @@ class TorchFormat:
     """Files of ``torch.save``: zip archives, and the older format without one."""
 
     name = "pth"
+    compresses = False
 
     def open(self, path: Path, step: int | None) -> Checkpoint | None:
         """See `Format.open`."""

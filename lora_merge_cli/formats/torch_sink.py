@@ -1,18 +1,15 @@
-"""Writing one torch file that ``torch.load(weights_only=True)`` opens, mapped too, block by block."""
+"""Writing one torch file that ``torch.load(weights_only=True)`` opens, mapped too, piece by piece."""
 
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint, storage_refusal
-from lora_merge_cli.formats.flat import runs, write_all
-from lora_merge_cli.formats.interface import FLAT, LeafData, Stored
+from lora_merge_cli.formats.flat import pieces_of
+from lora_merge_cli.formats.interface import FLAT, LeafData
 from lora_merge_cli.formats.torch_dtypes import dtype_name
 from lora_merge_cli.formats.torch_pickle_writer import StoredTensor, write_pickle
 from lora_merge_cli.formats.torch_tree import nest, value_of
@@ -51,6 +48,7 @@ class TorchSink:
 
         Raises:
             UnsupportedCheckpoint: torch has no such dtype, or one key path lies inside another leaf.
+            CorruptCheckpoint: A leaf was not given in full.
         """
         for spec in specs:
             if dtype_name(spec.dtype) is None:
@@ -86,41 +84,22 @@ class TorchSink:
 
     def _write_leaf(self, archive: ZipWriter, leaf: LeafData, key: str) -> StoredTensor:
         spec = leaf.spec
-        offset = archive.begin(f"{_ARCHIVE}/data/{key}", spec.nbytes)
-        done = crc = 0
-        in_order = True
-        for start, piece in _pieces(leaf):
-            in_order = in_order and start == done
+        archive.begin(f"{_ARCHIVE}/data/{key}", spec.nbytes)
+        done = 0
+        for piece in pieces_of(leaf, spec.dtype):
             with _storing(self._path):
-                write_all(archive.descriptor, offset + start, piece)
-            crc = zlib.crc32(piece, crc) if in_order else crc
+                archive.append(piece)
             done += len(piece)
         if done != spec.nbytes:
             raise CorruptCheckpoint(
-                "a leaf is incomplete",
+                "a leaf that was not given in full",
                 where=f"{self._path} :: {spec.name}",
-                expected=f"{spec.nbytes} bytes",
+                expected=f"{spec.nbytes} bytes in {spec.dtype}",
                 found=done,
             )
         with _storing(self._path):
-            archive.finish(crc if in_order else None)
+            archive.finish()
         return StoredTensor(key, spec.shape, spec.dtype)
-
-
-def _pieces(leaf: LeafData) -> Iterator[tuple[int, memoryview]]:
-    """A leaf's bytes: runs of them, and where in the leaf each begins."""
-    if isinstance(leaf.data, Stored):
-        done = 0
-        for _, piece in leaf.data.values:
-            view = memoryview(piece).cast("B")
-            yield done, view
-            done += len(view)
-        return
-    for region, values in leaf.data:
-        if values.size:
-            raw = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-            for start, skipped, size in runs(leaf.spec.shape, region, leaf.spec.dtype.itemsize):
-                yield skipped, raw[start : start + size]
 
 
 @contextlib.contextmanager

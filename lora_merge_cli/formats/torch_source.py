@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,9 @@ class TorchSource:
             self._index = Index(specs, tuple(constants), self._shared())
         return self._index
 
-    def chunk(self, path: KeyPath) -> tuple[int, ...]:
-        """See `Source.chunk`: a row where rows lie one after another, else the whole leaf."""
-        view = self._leaf(path).view
-        shape = tuple(max(1, extent) for extent in view.shape)
-        return (1, *shape[1:]) if shape and view.is_contiguous else shape
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:  # noqa: ARG002
+        """See `Source.scan`: plain bytes need no decoding."""
+        return (self.read(path, region) for region in regions)
 
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`."""

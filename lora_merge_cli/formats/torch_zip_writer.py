@@ -1,18 +1,16 @@
 """Writing a zip archive as torch reads and maps it: members uncompressed, their bytes at multiples of 64.
 
-`zipfile` can neither align a member nor take its bytes in another order than the file's.
+`zipfile` cannot align a member's bytes. Format: PKWARE's APPNOTE.TXT, 6.3.10.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_merge_cli.formats.flat import write_all
+from lora_merge_cli.formats.file_writer import FileWriter
 
 ALIGNMENT = 64
 
@@ -28,7 +26,6 @@ _TIME, _DATE = 0, 0x21
 _ELSEWHERE = 2**32 - 1
 _LARGEST, _MOST = 2**32 - 1, 2**16 - 1
 _ZIP64_FIELD, _PADDING_FIELD = 0x0001, 0x4246
-_PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,36 +38,38 @@ class _Member:
 
 
 class ZipWriter:
-    """An archive being written; its methods raise OSError where the operating system refuses.
+    """An archive being written, one member after another.
 
-    A member is begun, its bytes are written at `offset`, in any order and by any means, and it is finished.
+    Its methods raise OSError where the operating system refuses, be it for what was given earlier.
+
+    Args:
+        path: The file, which must not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._file = FileWriter(path)
         self._members: list[_Member] = []
         self._end = 0
 
-    def begin(self, name: str, size: int) -> int:
-        """Make room for a member of that size, and return where its bytes are to be written."""
+    def begin(self, name: str, size: int) -> None:
+        """Make room for the header of a member of that size."""
         encoded = name.encode("ascii")
         fixed = self._end + _LOCAL.size + len(encoded) + len(_zip64(size, size)) + 4
         data = -(-fixed // ALIGNMENT) * ALIGNMENT
         self._members.append(_Member(encoded, self._end, data, size, 0))
-        self._end = data + size
-        return data
+        self._end = data
 
-    def finish(self, crc: int | None) -> None:
-        """Write the header of the member that was begun last.
+    def append(self, piece: bytes | memoryview) -> None:
+        """Write the next bytes of the member that was begun last."""
+        begun = self._members[-1]
+        self._members[-1] = replace(begun, crc=zlib.crc32(piece, begun.crc))
+        self._file.write(self._end, piece)
+        self._end += len(piece)
 
-        Args:
-            crc: The checksum of its bytes; None if it is not known: then they are read again.
-        """
-        begun = self._members.pop()
-        member = _Member(
-            begun.name, begun.header, begun.data, begun.size, self._checksum(begun) if crc is None else crc
-        )
-        self._members.append(member)
+    def finish(self) -> None:
+        """Write the header of the member that was begun last, once all of its bytes are there."""
+        # Only now is the checksum known, which stands before the bytes.
+        member = self._members[-1]
         wide = _zip64(member.size, member.size)
         size = _ELSEWHERE if wide else member.size
         padding = member.data - member.header - _LOCAL.size - len(member.name) - len(wide) - 4
@@ -88,15 +87,16 @@ class ZipWriter:
             len(wide) + 4 + padding,
         )
         extra = wide + struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
-        write_all(self.descriptor, member.header, memoryview(header + member.name + extra))
+        self._file.write(member.header, header + member.name + extra)
 
     def add(self, name: str, contents: bytes) -> None:
         """Write a whole member."""
-        write_all(self.descriptor, self.begin(name, len(contents)), memoryview(contents))
-        self.finish(zlib.crc32(contents))
+        self.begin(name, len(contents))
+        self.append(contents)
+        self.finish()
 
     def close(self) -> int:
-        """Write the directory and close the file. Returns its size."""
+        """Write the directory, and close the file once everything is stored. Returns its size."""
         directory = b"".join(map(_directory_entry, self._members))
         count, start = len(self._members), self._end
         end = directory
@@ -124,25 +124,13 @@ class ZipWriter:
             _fitting(start),
             0,
         )
-        write_all(self.descriptor, start, memoryview(end))
-        self.abandon()
+        self._file.write(start, end)
+        self._file.close()
         return start + len(end)
 
     def abandon(self) -> None:
         """Close the file as it is, if it is open."""
-        if self.descriptor >= 0:
-            descriptor, self.descriptor = self.descriptor, -1
-            os.close(descriptor)
-
-    def _checksum(self, member: _Member) -> int:
-        crc = done = 0
-        while done < member.size:
-            piece = os.pread(self.descriptor, min(_PIECE_BYTES, member.size - done), member.data + done)
-            if not piece:
-                raise OSError(errno.EIO, "what was written cannot be read again")
-            crc = zlib.crc32(piece, crc)
-            done += len(piece)
-        return crc
+        self._file.abandon()
 
 
 def _directory_entry(member: _Member) -> bytes:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lora_merge_cli.compare import Comparison
 from lora_merge_cli.errors import UsageError
+from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.report import CheckRecord
 from lora_merge_cli.verification.examination import Findings, SiteFinding
 from lora_merge_cli.verification.site_judge import LayerVerdict
@@ -46,13 +47,16 @@ class Judging:
     """Whether a lesser gain fails."""
     rounding: Literal["nearest", "any"] = "nearest"
     """How the kernels were rounded to their stored dtype: to nearest, or to either neighbour."""
+    jobs: int | None = None
+    """How many threads compute; see `jobs.jobs_or_default`."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.
 
         Raises:
-            UsageError: The sample is below 1, or the least gain no finite number.
+            UsageError: The sample or the number of jobs is below 1, or the least gain no finite number.
         """
+        jobs_or_default(self.jobs)
         if self.sample is not None and self.sample < 1:
             raise UsageError("--sample must be at least 1", found=self.sample)
         if not math.isfinite(self.min_gain):

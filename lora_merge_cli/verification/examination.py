@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +13,14 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lora_merge_cli.compare import Comparison, compare_blocks, equals_rounded
+from lora_merge_cli.compare import Comparison, compare_blocks, count_non_finite, equals_rounded, same_bytes
 from lora_merge_cli.dialects import looks_like_adapter
 from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float, ulp
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.lowrank import adapter_digest, leaf_digest, spectrum, with_ones
 from lora_merge_cli.records import (
@@ -37,7 +37,7 @@ from lora_merge_cli.records import (
     region_shape,
     relative,
 )
-from lora_merge_cli.side_by_side import Leaf, pieces, side_by_side
+from lora_merge_cli.side_by_side import Leaf, flat_pieces, side_by_side
 from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.adapted import Adapted, Norms
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
@@ -45,7 +45,6 @@ from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 from lora_merge_cli.verification.start import StartSource
 
-_WHOLE_ROWS = 2**18
 _NUMBERS = ("int", "float", "bool")
 _MIXING = 4 * 2.0**-24
 _FUSED = tuple(map(dtype_named, ("float32", "bfloat16", "float16", "float64")))
@@ -126,6 +125,7 @@ class Examination:
         inputs: What was merged.
         terms: How a merged kernel may differ from its ideal.
         sample: How many layers of each site to look at; None for all.
+        jobs: How many threads compute; see `jobs.jobs_or_default`.
         listener: Who to tell of progress.
     """
 
@@ -135,11 +135,12 @@ class Examination:
         inputs: Inputs,
         terms: Terms,
         sample: int | None,
+        jobs: int | None = None,
         listener: Listener | None = None,
     ) -> None:
         self._merged, self._inputs = merged, inputs
         self._checkpoint, self._base, self._dialect = inputs.checkpoint, inputs.base, inputs.dialect
-        self._terms, self._sample = terms, sample
+        self._terms, self._sample, self._jobs = terms, sample, jobs_or_default(jobs)
         self._judged = JudgedSource(merged.source)
         self._listener = listener or Silent()
         # Experts share their leaves, each taking a part.
@@ -157,7 +158,7 @@ class Examination:
         found = self._match_trees(expectation, index)
         self._listener.start(sum(spec.nbytes for _, spec in found.values()))
         # Pieces are small and computed side by side: threads inside each would only wait for one another.
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self._jobs) as pool:
             for leaf, spec in found.values():
                 try:
                     if leaf.sites:
@@ -253,7 +254,9 @@ class Examination:
             leaves.append((self._base.source, leaf.base))
         total = Comparison()
 
-        def compare(piece: tuple[Array, Array]) -> tuple[Comparison, bool]:
+        def compare(piece: tuple[Array, ...]) -> tuple[Comparison, bool]:
+            if alike:
+                return Comparison(entries=piece[1].size, non_finite_b=count_non_finite(piece[1])), False
             with np.errstate(all="ignore"):
                 found = compare_blocks(piece[0].astype(wanted, copy=False), piece[1])
                 overflows = (
@@ -262,9 +265,9 @@ class Examination:
             return found, overflows
 
         frozen, overflows = True, False
-        for region, (before, *others) in side_by_side(leaves):
+        for _, (before, *others) in side_by_side(leaves, pool=pool):
             after = before if alike else others.pop(0)
-            for part, overflow in pool.map(compare, _pieces(region, before, after)):
+            for part, overflow in pool.map(compare, flat_pieces(before, after)):
                 total.merge(part)
                 overflows = overflows or overflow
             frozen = frozen and all(equals_rounded(before, base) for base in others)
@@ -301,7 +304,11 @@ class Examination:
         one, other = before.stored(before.spec.path), self._judged.stored(after.path)
         if one is None or other is None or one.encoding != other.encoding:
             return False
-        return all(a == b for a, b in itertools.zip_longest(one.values, other.values))
+        end = ("", b"")
+        return all(
+            name_a == name_b and same_bytes(a, b)
+            for (name_a, a), (name_b, b) in itertools.zip_longest(one.values, other.values, fillvalue=end)
+        )
 
     def _judge(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
         """A kernel that adapters were added to."""
@@ -315,7 +322,7 @@ class Examination:
         if leaf.base is not None and self._base is not None:
             leaves.append((self._base.source, leaf.base))
         rows = layers if self._sample is not None and equation.stacked else None
-        for region, (kernel, merged, *base) in side_by_side(leaves, rows):
+        for region, (kernel, merged, *base) in side_by_side(leaves, rows, pool):
             judge.take(region, kernel, merged, base[0] if base else None, pool)
             self._listener.advance(spec.name, merged.nbytes)
         verdicts = judge.finish()
@@ -388,11 +395,6 @@ class Examination:
             self.findings.frozen += 1
             if not frozen:
                 self.findings.not_frozen.append(leaf.source.name)
-
-
-def _pieces(region: Region, before: Array, after: Array) -> Iterator[tuple[Array, Array]]:
-    for piece in pieces(full_region(region_shape(region)), columns=_WHOLE_ROWS):
-        yield before[piece], after[piece]
 
 
 def _batch_pieces(equation: Equation, region: Region) -> Iterator[Region]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 
 from lora_merge_cli.errors import CorruptCheckpoint
 from lora_merge_cli.formats.interface import Source, Stored
@@ -21,8 +22,16 @@ class JudgedSource:
         self._source = source
         self.path = source.path
         self.index = source.index
-        self.chunk = source.chunk
         self.fingerprint = source.fingerprint
+
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:
+        """See `Source.scan`.
+
+        Raises:
+            Unreadable: The leaf cannot be read.
+        """
+        with _as_finding():
+            yield from self._source.scan(path, regions, pool)
 
     def read(self, path: KeyPath, region: Region) -> Array:
         """See `Source.read`.
@@ -54,4 +63,5 @@ def _as_finding() -> Iterator[None]:
     try:
         yield
     except CorruptCheckpoint as error:
-        raise Unreadable(error.found or error.what) from error
+        found = "" if error.found is None else f": {error.found}"
+        raise Unreadable(f"{error.what}{found}") from error

@@ -194,7 +194,7 @@ def judge(
     if not isinstance(merged, Checkpoint):
         return Verdict(_unopened(merged), _site_records(expectation, Findings(), dialect), expectation.notes)
     terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier)
-    findings = Examination(merged, inputs, terms, judging.sample, listener).run(expectation)
+    findings = Examination(merged, inputs, terms, judging.sample, judging.jobs, listener).run(expectation)
     serving = dialect.serving_dtype.name
     summary = dialect.summary(tree_of(inputs.checkpoint))
     found = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +40,6 @@ class StartSource:
         """The one leaf."""
         return Index({self.spec.path: self.spec})
 
-    def chunk(self, path: KeyPath) -> tuple[int, ...]:  # noqa: ARG002  (there is one leaf)
-        """See `Source.chunk`: of whichever input has the larger ones."""
-        chunks = [source.chunk(leaf) for source, leaf in self._change.read_whole(self._inputs)]
-        return max(chunks, key=lambda chunk: int(np.prod(chunk)))
-
     def stored(self, path: KeyPath) -> Stored | None:  # noqa: ARG002
         """See `Source.stored`: of a leaf that nothing replaces."""
         change = self._change
@@ -51,21 +49,33 @@ class StartSource:
         """See `Source.fingerprint`."""
         return self._source.fingerprint()
 
-    def read(self, path: KeyPath, region: Region) -> Array:  # noqa: ARG002
-        """See `Source.read`: as stored where one leaf has all values, else float64.
+    def scan(self, path: KeyPath, regions: Iterable[Region], pool: Executor | None = None) -> Iterator[Array]:  # noqa: ARG002
+        """See `Source.scan`: as stored where one leaf has all values, else float64.
 
         Raises:
             NonFiniteInput: A replacement holds NaN or Inf.
         """
-        change, whole = self._change, self._change.whole
-        values: Array | None = None
+        change, whole, wanted = self._change, self._change.whole, list(regions)
+        nothing: Iterator[Array | None] = itertools.repeat(None, len(wanted))
+        own = brought = nothing
         if change.before is not None and change.reads_before:
-            values = self._source.read(change.before.path, region)
+            own = self._source.scan(change.before.path, wanted, pool)
         if whole is not None:
-            brought = self._brought(whole, region)
-            values = brought if values is None else _mixed(values, brought, whole.weight)
-        assert values is not None, "a leaf comes from the checkpoint or from an adapter"
-        rows = [found for found in change.replacements if found.rows is not None]
+            brought = self._inputs.source(whole.adapter).scan(whole.path, wanted, pool)
+        for region, before, others in zip(wanted, own, brought, strict=True):
+            values = before
+            if whole is not None and others is not None:
+                self._refuse_not_finite(whole, others)
+                values = others if values is None else _mixed(values, others, whole.weight)
+            assert values is not None, "a leaf comes from the checkpoint or from an adapter"
+            yield self._with_rows(region, values)
+
+    def read(self, path: KeyPath, region: Region) -> Array:
+        """See `Source.read` and `scan`."""
+        return next(self.scan(path, [region]))
+
+    def _with_rows(self, region: Region, values: Array) -> Array:
+        rows = [found for found in self._change.replacements if found.rows is not None]
         if rows:
             values = values.astype(np.float64) if is_float(values.dtype) else values.copy()
         for found in rows:
@@ -74,24 +84,22 @@ class StartSource:
 
     def _put_rows(self, found: Replacement, region: Region, values: Array) -> None:
         source = self._inputs.source(found.adapter)
-        width = source.index().tensors[found.path].shape[0]
-        brought = self._brought(found, (slice(0, width), *region[1:]))
         for number, row in enumerate(found.rows or ()):
             if region[0].start <= row < region[0].stop:
+                brought = source.read(found.path, (slice(number, number + 1), *region[1:]))
+                self._refuse_not_finite(found, brought)
                 at = row - region[0].start
-                values[at] = _mixed(values[at], brought[number], found.weight)
+                values[at] = _mixed(values[at], brought[0], found.weight)
 
-    def _brought(self, found: Replacement, region: Region) -> Array:
-        source = self._inputs.source(found.adapter)
-        values = source.read(found.path, region)
+    def _refuse_not_finite(self, found: Replacement, values: Array) -> None:
         if is_float(values.dtype) and not np.isfinite(values).all():
+            source = self._inputs.source(found.adapter)
             raise NonFiniteInput(
                 "an adapter's own tensor is not finite",
                 where=f"{source.path} :: {source.index().tensors[found.path].name}",
                 expected="finite values",
                 found="NaN or Inf",
             )
-        return values
 
 
 def _mixed(values: Array, brought: Array, weight: float) -> Array:
