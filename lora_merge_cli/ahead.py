@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -29,7 +30,12 @@ class Ahead(Generic[T]):
         self._error: BaseException | None = None
         self._over = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="ahead")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # An interrupt, for example: the thread may run all the same.
+            self._stop()
+            raise
 
     def __enter__(self) -> Ahead[T]:
         return self
@@ -55,23 +61,32 @@ class Ahead(Generic[T]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop after the item that is being made, and forget the others."""
+        """Stop after the item that is being made, close the iterator, and forget the other items."""
+        self._stop()
+        self._thread.join()
+
+    def _stop(self) -> None:
         with self._changed:
             self._stopped = True
             self._made.clear()
             self._changed.notify_all()
-        self._thread.join()
 
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            for item in self._items:
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self._made) < self._waiting or self._stopped)
-                    if self._stopped:
-                        break
-                    self._made.append(item)
-                    self._changed.notify_all()
+            with contextlib.ExitStack() as held:
+                items = iter(self._items)
+                if isinstance(items, Generator):
+                    held.callback(items.close)
+                for item in items:
+                    with self._changed:
+                        self._changed.wait_for(lambda: len(self._made) < self._waiting or self._stopped)
+                        if self._stopped:
+                            break
+                        self._made.append(item)
+                        self._changed.notify_all()
+                    # While the next one is made, this one belongs to whoever takes it.
+                    del item
         except BaseException as raised:  # whatever it is, it belongs to the one who takes the items
             error = raised
         with self._changed:
@@ -97,10 +112,13 @@ def in_order(makers: Iterable[Callable[[], Iterable[T]]], running: int, waiting:
             opened.append(Ahead(maker(), waiting))
             if len(opened) == running:
                 yield opened[0]
-                opened.popleft().close()
+                opened[0].close()
+                opened.popleft()
         while opened:
             yield opened[0]
-            opened.popleft().close()
+            opened[0].close()
+            opened.popleft()
     finally:
-        for one in opened:
-            one.close()
+        with contextlib.ExitStack() as held:
+            for one in opened:
+                held.callback(one.close)

@@ -1,19 +1,31 @@
-"""One merge, every format: no key path is lost, no bit differs, and outputs that are files appear as files do."""
+"""One merge, every format: no key path is lost, no bit differs, and outputs that are files appear as files do.
+
+And one way of reading: every source gives the same values front to back, whatever they are stored in.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lora_merge_cli import open_checkpoint
-from lora_merge_cli.records import full_region
-from tests.checkpoints import save_step
+from lora_merge_cli.errors import CorruptCheckpoint
+from lora_merge_cli.formats.interface import Source
+from lora_merge_cli.records import Array, Region, full_region
+from tests.checkpoints import save_item, save_step
 from tests.command import run
 from tests.test_openpi_merge import ALPHAS
 from tests.trees import ACTION, PALIGEMMA, build, nest
@@ -202,3 +214,189 @@ def test_numbers_of_a_training_file_are_kept_in_orbax(tmp_path: Path) -> None:
     numbers = {key: source.read(key, ()).item() for key, spec in source.index().tensors.items() if not spec.shape}
     assert numbers == {("epoch",): 3, ("best",): 0.5, ("done",): True}
     assert {part.path: part.value for part in source.index().constants} == {("none",): None, ("name",): "run 7"}
+
+
+RNG = np.random.default_rng(5)
+ARRAYS: dict[str, Array] = {
+    "cube": RNG.normal(size=(7, 5, 12)).astype(np.float32),
+    "row": RNG.normal(size=40).astype(ml_dtypes.bfloat16),
+    "deep": RNG.integers(-9, 9, (2, 3, 2, 9)).astype(np.int8),
+    "one": RNG.normal(size=()).astype(np.float32),
+}
+# An odd part of each extent, so that chunks end within rows and behind the array.
+CHUNKS = {"cube": (3, 2, 5), "row": (7,), "deep": (1, 2, 2, 4), "one": ()}
+INNER = {"cube": (6, 4, 10), "row": (14,), "deep": (1, 2, 2, 4), "one": ()}
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 3, "shuffle": 1}
+GZIP = [LITTLE, {"name": "gzip", "configuration": {"level": 2}}]
+
+
+def store_of(item: Path, ocdbt: bool, name: str) -> dict[str, Any]:
+    if ocdbt:
+        return {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
+    return {"driver": "file", "path": f"{item}/{name}/"}
+
+
+def kept_otherwise(item: Path, ocdbt: bool, version: int, metadata: Callable[[str], dict[str, Any]]) -> None:
+    """Store the arrays of an item once more, in another of the ways that TensorStore has."""
+    for name, values in ARRAYS.items():
+        array = ts.open(
+            {
+                "driver": {2: "zarr", 3: "zarr3"}[version],
+                "kvstore": store_of(item, ocdbt, name),
+                "metadata": {"shape": values.shape, **metadata(name)},
+                "store_data_equal_to_fill_value": True,
+            },
+            dtype=ts.dtype(values.dtype),
+            create=True,
+            delete_existing=True,
+        ).result()
+        array.write(values).result()
+
+
+def regular(extents: tuple[int, ...], codecs: list[Any]) -> dict[str, Any]:
+    return {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": extents}}, "codecs": codecs}
+
+
+def sharded(name: str) -> list[Any]:
+    options = {"chunk_shape": CHUNKS[name], "codecs": [LITTLE], "index_codecs": [LITTLE, {"name": "crc32c"}]}
+    return [{"name": "sharding_indexed", "configuration": options}]
+
+
+OTHERWISE: dict[str, tuple[int, Callable[[str], dict[str, Any]]]] = {
+    "raw odd chunks": (2, lambda name: {"chunks": CHUNKS[name], "compressor": None}),
+    "zstd odd chunks": (
+        3,
+        lambda name: regular(CHUNKS[name], [LITTLE, {"name": "zstd", "configuration": {"level": 3}}]),
+    ),
+    "blosc": (2, lambda name: {"chunks": CHUNKS[name], "compressor": BLOSC}),
+    # Of one axis or none, both orders are one, and TensorStore calls it C.
+    "Fortran order": (
+        2,
+        lambda name: {"chunks": CHUNKS[name], "compressor": None, "order": "F" if len(CHUNKS[name]) > 1 else "C"},
+    ),
+    "gzip": (3, lambda name: regular(CHUNKS[name], GZIP)),
+    "sharded": (3, lambda name: regular(INNER[name], sharded(name))),
+}
+
+
+def kept_in_orbax(path: Path, way: str) -> Path:
+    kind, _, way = way.partition(" ")
+    version, metadata = OTHERWISE.get(way, (int(way[-1]) if way.startswith("zarr") else 2, None))
+    save_item(path, ARRAYS, ocdbt=kind == "ocdbt", zarr3=version == 3)
+    if metadata is not None:
+        kept_otherwise(path, kind == "ocdbt", version, metadata)
+    return path
+
+
+def kept_in_torch(path: Path, way: str) -> Path:
+    torch = pytest.importorskip("torch")
+    tensors = {
+        name: torch.from_numpy(np.array(values, np.float32)).to(getattr(torch, values.dtype.name))
+        for name, values in ARRAYS.items()
+    }
+    if way == "strided":
+        tensors = {name: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    torch.save(tensors, path, _use_new_zipfile_serialization=way != "legacy")
+    return path
+
+
+def kept(folder: Path, way: str) -> Path:
+    """Where the arrays lie, kept in some way."""
+    name, _, more = way.partition(" ")
+    if name == "safetensors":
+        save_file(ARRAYS, folder / "x.safetensors")
+        return folder / "x.safetensors"
+    return kept_in_torch(folder / "x.pth", more) if name == "pth" else kept_in_orbax(folder / "x", way)
+
+
+IN_ORBAX = [
+    f"{kind} {way}" for kind in ("ocdbt", "files") for way in ("zarr2", "zarr3", *OTHERWISE)
+]  # fmt: skip
+WAYS = ["safetensors", "pth", "pth legacy", "pth strided", *IN_ORBAX]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return open_checkpoint(kept(tmp_path_factory.mktemp("kept"), request.param)).source
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(3) as workers:
+        yield workers
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[str, list[Region]]:
+    """Runs of entries of an array, ascending, some of them left out."""
+    name = draw(st.sampled_from(sorted(ARRAYS)))
+    shape = ARRAYS[name].shape
+    regions: list[Region] = []
+    if not shape:
+        return name, [()] * draw(st.integers(0, 1))
+    position = 0
+    while True:
+        axis = draw(st.integers(0, len(shape) - 1))
+        tail = math.prod(shape[axis + 1 :])
+        position = -(-position // tail) * tail
+        if position >= math.prod(shape):
+            return name, regions
+        index = [int(i) for i in np.unravel_index(position, shape)]
+        stop = draw(st.integers(index[axis] + 1, shape[axis]))
+        if draw(st.booleans()):
+            ones = (slice(i, i + 1) for i in index[:axis])
+            regions.append((*ones, slice(index[axis], stop), *full_region(shape[axis + 1 :])))
+        position += (stop - index[axis]) * tail
+
+
+@settings(deadline=None, max_examples=25)
+@given(walks(), st.booleans())
+def test_a_scan_gives_what_was_stored(
+    source: Source, pool: ThreadPoolExecutor, walk: tuple[str, list[Region]], pooled: bool
+) -> None:
+    name, regions = walk
+    found = list(source.scan((name,), regions, pool if pooled else None))
+    assert len(found) == len(regions)
+    for region, values in zip(regions, found, strict=True):
+        wanted = ARRAYS[name][region]
+        read = source.read((name,), region)
+        assert (values.dtype, values.shape) == (read.dtype, read.shape) == (wanted.dtype, wanted.shape)
+        assert values.tobytes() == read.tobytes() == wanted.tobytes()
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_any_region_is_read(source: Source, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(ARRAYS)))
+    starts = [data.draw(st.integers(0, extent - 1)) for extent in ARRAYS[name].shape]
+    stops = [data.draw(st.integers(start + 1, n)) for start, n in zip(starts, ARRAYS[name].shape, strict=True)]
+    region = tuple(map(slice, starts, stops))
+    assert source.read((name,), region).tobytes() == ARRAYS[name][region].tobytes()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "empty", "other", "gone"])
+@pytest.mark.parametrize("way", IN_ORBAX)
+def test_a_damaged_chunk_is_named(way: str, damage: str, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
+    path = kept(tmp_path, way)
+    store = ts.KvStore.open(store_of(path, way.startswith("ocdbt"), "cube")).result()
+    chunks = [key for key in store.list().result() if key not in (b".zarray", b"zarr.json")]
+    whole = store.read(max(chunks)).result().value
+    values = {"shorter": whole[:-1], "empty": b"", "other": b"not a chunk", "gone": None}
+    store.write(max(chunks), values[damage]).result()
+    for executor in (None, pool):
+        with pytest.raises(CorruptCheckpoint) as raised:
+            # Damage may show as early as the index.
+            list(open_checkpoint(path).source.scan(("cube",), [full_region(ARRAYS["cube"].shape)], executor))
+        assert raised.value.where == f"{path} :: cube"
+
+
+@pytest.mark.parametrize("way", ["safetensors", "pth", "pth legacy", "pth strided"])
+def test_a_file_that_was_cut_off_meanwhile_is_named(way: str, tmp_path: Path) -> None:
+    path = kept(tmp_path, way)
+    source = open_checkpoint(path).source
+    source.index()
+    os.truncate(path, 100)
+    with pytest.raises(CorruptCheckpoint) as raised:
+        list(source.scan(("cube",), [full_region(ARRAYS["cube"].shape)]))
+    assert raised.value.where == f"{path} :: cube"

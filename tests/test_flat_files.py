@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge_cli.errors import CorruptCheckpoint
-from lora_merge_cli.formats.flat import FlatFile, runs, write_region
-from lora_merge_cli.records import Region, region_shape
+from lora_merge_cli.formats.flat import FlatFile, pieces_of, runs
+from lora_merge_cli.formats.interface import FLAT, LeafData, Stored
+from lora_merge_cli.records import Region, TensorSpec, full_region, grid, region_shape, slab
 
 DTYPES = [np.dtype(np.uint8), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.complex64)]
 
@@ -43,20 +44,35 @@ def test_a_region_is_read_as_numpy_slices_it(tmp_path_factory, cut, dtype, offse
     assert found.tobytes() == whole[region].tobytes()
 
 
-@given(regions(), st.sampled_from(DTYPES), st.integers(0, 9), st.booleans())
-def test_a_region_is_written_as_numpy_assigns_it(tmp_path_factory, cut, dtype, offset, transposed):
-    shape, region = cut
-    before = np.zeros(shape, dtype)
-    part = values(region_shape(region), dtype)
-    if transposed:
-        part = np.array(part, order="F")
-    file = tmp_path_factory.mktemp("flat") / "f"
-    file.write_bytes(b"\xff" * offset + before.tobytes() + b"\xff")
-    descriptor = os.open(file, os.O_WRONLY)
-    write_region(descriptor, offset, shape, region, part)
-    os.close(descriptor)
-    before[region] = part
-    assert file.read_bytes() == b"\xff" * offset + before.tobytes() + b"\xff"
+@given(regions(), st.sampled_from(DTYPES), st.integers(1, 30), st.booleans())
+def test_a_leafs_pieces_join_to_its_bytes(cut, dtype, limit, turned):
+    shape, _ = cut
+    whole = values(shape, dtype)
+    if turned:
+        # The same values, in another order in memory.
+        whole = np.array(whole, order="F")
+    block = slab(shape, limit)
+    blocks = ((region, whole[region]) for region in grid(full_region(shape), block))
+    found = list(pieces_of(LeafData(TensorSpec(("w",), shape, dtype), block, blocks), dtype))
+    assert b"".join(found) == whole.tobytes()
+    assert all((piece.format, piece.nbytes) == ("B", len(piece)) for piece in found)
+
+
+def test_a_leafs_stored_bytes_are_its_pieces():
+    words = np.arange(5, dtype=np.uint32)
+    stored = Stored(FLAT, [("0", words.data), ("1", b""), ("2", b"tail")])
+    found = list(pieces_of(LeafData(TensorSpec(("w",), (6,), words.dtype), (6,), stored), words.dtype))
+    assert b"".join(found) == words.tobytes() + b"tail"
+    assert [len(piece) for piece in found] == [20, 0, 4]
+
+
+def test_a_leafs_values_of_another_dtype():
+    spec = TensorSpec(("a", "w"), (2,), np.dtype(np.float32))
+    blocks = iter([((slice(0, 1),), np.ones(1, np.float32)), ((slice(1, 2),), np.ones(1, ml_dtypes.bfloat16))])
+    pieces = pieces_of(LeafData(spec, (1,), blocks), spec.dtype)
+    assert len(next(pieces)) == 4
+    with pytest.raises(CorruptCheckpoint, match=r"another dtype: a/w \(expected float32, found bfloat16\)"):
+        next(pieces)
 
 
 @given(regions())
@@ -68,17 +84,12 @@ def test_runs_are_as_long_as_they_can_be(cut):
         assert all(end != skipped for end, (_, skipped, _) in zip(ends, found[1:], strict=False)), "two runs touch"
 
 
-def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch):
-    preadv, pwrite = os.preadv, os.pwrite
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch):
+    preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:3]], at))
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:3], at))
     whole = values((5, 4), np.dtype(np.float32))
-    file = tmp_path / "f"
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
-    write_region(descriptor, 1, (5, 4), (slice(0, 5), slice(0, 4)), whole)
-    os.close(descriptor)
-    assert file.read_bytes() == b"\0" + whole.tobytes()
-    found = FlatFile(file).read_region(1, (5, 4), whole.dtype, (slice(1, 5), slice(1, 3)))
+    (tmp_path / "f").write_bytes(b"\0" + whole.tobytes())
+    found = FlatFile(tmp_path / "f").read_region(1, (5, 4), whole.dtype, (slice(1, 5), slice(1, 3)))
     assert found.tobytes() == whole[1:, 1:3].tobytes()
 
 

@@ -10,11 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from lora_merge_cli.formats import open_checkpoint
-from lora_merge_cli.records import full_region
+from lora_merge_cli.formats.interface import Compression, LeafData, Stored
+from lora_merge_cli.formats.orbax_sink import OrbaxSink
+from lora_merge_cli.records import Array, Constant, TensorSpec, full_region, grid, slab
 from tests.checkpoints import NORM_STATS, restore, save_item, save_step
 from tests.command import run
 from tests.test_openpi_merge import ALPHAS, check
@@ -241,8 +248,6 @@ def test_reading_any_region(tmp_path: Path) -> None:
 @pytest.mark.parametrize("zarr3", [True, False])
 def test_chunks_of_zeros_that_were_never_stored(zarr3: bool, tmp_path: Path) -> None:
     """Old writers leave out chunks that hold nothing but zeros, and say so by saying nothing."""
-    import tensorstore as ts
-
     leaves = dict(TREE.leaves)
     zeros = ("action_in_proj", "kernel")
     leaves[zeros] = np.zeros((7, 16), np.float32)
@@ -268,3 +273,136 @@ def test_steps_with_a_prefix(tmp_path: Path) -> None:
         save_step(tmp_path / "run" / name, nest(TREE.leaves))
     assert run("inspect", tmp_path / "run", "--json").json["step"] == 2000
     assert run("inspect", tmp_path / "run", "--step", 100, "--json").json["step"] == 100
+
+
+WRITTEN = pytest.mark.parametrize(("version", "compression"), [*itertools.product((2, 3), ("none", "zstd"))])
+DTYPES = [np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.int8, np.bool_, ml_dtypes.float8_e4m3fn)]
+
+
+def leaf_in_blocks(spec: TensorSpec, values: Array, block: int, chunk: int) -> LeafData:
+    """A leaf in runs of at most so many entries, to be kept in chunks of at most so many."""
+    regions = grid(full_region(spec.shape), slab(spec.shape, block))
+    return LeafData(spec, slab(spec.shape, chunk), ((region, values[region]) for region in regions))
+
+
+@WRITTEN
+@settings(deadline=None, max_examples=8)
+@given(
+    cases=st.lists(
+        st.tuples(st.lists(st.integers(1, 6), max_size=4), st.integers(1, 300), st.integers(1, 300)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_what_a_sink_is_given_in_blocks_orbax_restores(
+    tmp_path_factory: pytest.TempPathFactory,
+    version: int,
+    compression: Compression,
+    cases: list[tuple[list[int], int, int]],
+) -> None:
+    rng = np.random.default_rng(len(cases))
+    values = {
+        f"w{number}": rng.integers(0, 2, shape).astype(DTYPES[(number + len(shape)) % len(DTYPES)])
+        for number, (shape, _, _) in enumerate(cases)
+    }
+    specs = [TensorSpec(("params", name), array.shape, array.dtype) for name, array in values.items()]
+    leaves = (
+        leaf_in_blocks(spec, values[str(spec.path[1])], block, chunk)
+        for spec, (_, block, chunk) in zip(specs, cases, strict=True)
+    )
+    path = tmp_path_factory.mktemp("sink")
+    written = OrbaxSink(path, None, version, compression).write(specs, leaves, [Constant(("step",), "int", "7")])
+    assert written >= (sum(array.nbytes for array in values.values()) if compression == "none" else 1)
+    found = restore(path)
+    assert found["step"] == 7
+    assert found["params"].keys() == values.keys()
+    for name, array in values.items():
+        assert (found["params"][name].dtype, found["params"][name].shape) == (array.dtype, array.shape)
+        assert found["params"][name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("name", [
+    *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+    *("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+])  # fmt: skip
+def test_a_sink_keeps_every_dtype_as_tensorstore_has_it(tmp_path: Path, version: int, name: str) -> None:
+    values = np.array([[0, 1, 1], [1, 0, 1]]).astype(getattr(ml_dtypes, name, name))
+    spec = TensorSpec(("w",), values.shape, values.dtype)
+    OrbaxSink(tmp_path, None, version).write([spec], [leaf_in_blocks(spec, values, 2, 3)], [])
+    spelled = {"driver": {2: "zarr", 3: "zarr3"}[version]}
+    kept = {"driver": "ocdbt", "base": f"file://{tmp_path}/", "path": "w/"}
+    found = ts.open(spelled | {"kvstore": kept}, open=True).result().read().result()
+    assert found.dtype == values.dtype and found.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_zstd_is_smaller_and_none_is_not(tmp_path: Path, version: int) -> None:
+    values = np.tile(np.arange(64, dtype=np.float32), (64, 16))
+    spec = TensorSpec(("w",), values.shape, values.dtype)
+    sizes = {}
+    for compression in ("none", "zstd"):
+        sink = OrbaxSink(tmp_path / compression, None, version, compression)
+        sizes[compression] = sink.write([spec], [leaf_in_blocks(spec, values, 5000, 9000)], [])
+        assert np.array_equal(restore(tmp_path / compression)["w"], values)
+    assert sizes["zstd"] < values.nbytes / 2 < values.nbytes <= sizes["none"]
+
+
+@WRITTEN
+@pytest.mark.parametrize("given_rows", [0, 1, 4, 6, 50])
+def test_a_sink_refuses_a_leaf_that_is_not_given_in_full(
+    tmp_path: Path, version: int, compression: Compression, given_rows: int
+) -> None:
+    spec = TensorSpec(("a", "w"), (5, 40), np.dtype(np.float32))
+    blocks = (((slice(row, row + 1), slice(0, 40)), np.ones((1, 40), np.float32)) for row in range(given_rows))
+    with pytest.raises(CorruptCheckpoint, match=r"not given in full: .* :: a/w \(expected 800 bytes") as raised:
+        OrbaxSink(tmp_path, None, version, compression).write([spec], [LeafData(spec, (2, 40), blocks)], [])
+    assert raised.value.found == 160 * given_rows
+    assert not (tmp_path / "manifest.ocdbt").exists()
+
+
+@WRITTEN
+def test_a_sink_refuses_values_of_another_dtype(tmp_path: Path, version: int, compression: Compression) -> None:
+    spec = TensorSpec(("a", "w"), (5,), np.dtype(np.float32))
+    for other in (np.float64, np.int32):
+        leaf = LeafData(spec, (5,), iter([((slice(0, 5),), np.ones(5, other))]))
+        with pytest.raises(CorruptCheckpoint, match=r"another dtype: .*a/w \(expected float32"):
+            OrbaxSink(tmp_path / np.dtype(other).name, None, version, compression).write([spec], [leaf], [])
+        assert not list(tmp_path.rglob("manifest.ocdbt"))
+
+
+def test_a_sink_refuses_what_zarr_has_no_dtype_for(tmp_path: Path) -> None:
+    spec = TensorSpec(("w",), (2,), np.dtype(ml_dtypes.float8_e8m0fnu))
+    leaf = LeafData(spec, (2,), iter([((slice(0, 2),), np.ones(2, spec.dtype))]))
+    with pytest.raises(UnsupportedCheckpoint, match=r"Orbax cannot keep: .* :: w .*float8_e8m0fnu"):
+        OrbaxSink(tmp_path, None, 2).write([spec], [leaf], [])
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+def test_stored_chunks_are_copied_as_they_are(tmp_path: Path, zarr3: bool) -> None:
+    values = np.random.default_rng(0).normal(size=(9, 50)).astype(np.float32)
+    save_item(tmp_path / "in", {"w": values, "s": np.float32(3)}, zarr3=zarr3, chunk_bytes=400)
+    source = open_checkpoint(tmp_path / "in").source
+    index = source.index()
+    leaves = []
+    for path, spec in index.tensors.items():
+        stored = source.stored(path)
+        assert isinstance(stored, Stored)
+        leaves.append(LeafData(spec, spec.shape, stored))
+    sink = OrbaxSink(tmp_path / "out", None, 3 if zarr3 else 2)
+    assert {leaf.data.encoding for leaf in leaves if isinstance(leaf.data, Stored)} == sink.encodings
+    sink.write(list(index.tensors.values()), leaves, index.constants)
+    copied = open_checkpoint(tmp_path / "out").source
+    for path in index.tensors:
+        before, after = source.stored(path), copied.stored(path)
+        assert before is not None and after is not None
+        assert gathered(before) == gathered(after)
+    assert restore(tmp_path / "out")["w"].tobytes() == values.tobytes()
+
+
+def gathered(stored: Stored) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for name, piece in stored.values:
+        found[name] = found.get(name, b"") + bytes(piece)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 
 from lora_merge_cli.errors import CorruptCheckpoint, DiskFull, UnsupportedCheckpoint, UsageError
 from lora_merge_cli.formats import torch_zip_writer
-from lora_merge_cli.formats.interface import FLAT, Destination, LeafData
+from lora_merge_cli.formats.interface import FLAT, Destination, LeafData, Stored
 from lora_merge_cli.formats.torch_dtypes import DTYPES
 from lora_merge_cli.formats.torch_pth import TorchFormat
 from lora_merge_cli.formats.torch_sink import TorchSink
-from lora_merge_cli.records import Constant, TensorSpec, display, full_region, grid
+from lora_merge_cli.records import Constant, TensorSpec, display, full_region, grid, slab
 
 torch = pytest.importorskip("torch")
 
@@ -56,13 +57,13 @@ def source_of(path: Path) -> Any:
 
 
 def leaves_of(source: Any, block: int | None = None) -> Any:
-    """Every leaf on its way into a sink: as stored bytes, or in blocks of at most so many entries per axis."""
+    """Every leaf on its way into a sink: as stored bytes, or in runs of at most so many entries."""
     index = source.index()
     for path, spec in index.tensors.items():
         stored = source.stored(path) if block is None else None
-        sizes = [max(1, extent) if block is None else block for extent in spec.shape]
+        sizes = slab(spec.shape, block or max(1, spec.size))
         blocks = ((region, source.read(path, region)) for region in grid(full_region(spec.shape), sizes))
-        yield LeafData(spec, tuple(sizes), stored or blocks, index.shared.get(path))
+        yield LeafData(spec, sizes, stored or blocks, index.shared.get(path))
 
 
 def rewrite(path: Path, directory: Path, block: int | None = None) -> Path:
@@ -107,7 +108,6 @@ def test_every_dtype_is_read_and_written_bit_for_bit(tmp_path: Path, dtype: str,
         assert source.read((key,), full_region(spec.shape)).tobytes() == raw_bytes(tensor)
         assert b"".join(bytes(piece) for _, piece in source.stored((key,)).values) == raw_bytes(tensor)
     assert source.read(("a.weight",), (slice(1, 3), slice(2, 4))).tobytes() == raw_bytes(value["a.weight"][1:3, 2:4])
-    assert source.chunk(("a.weight",)) == (1, 5)
     out = rewrite(file, tmp_path)
     for mapped in (True, False):
         assert_same(torch.load(out, weights_only=True, mmap=mapped), value)
@@ -204,8 +204,8 @@ def test_tied_tensors_stay_tied(tmp_path: Path, zipped: bool) -> None:
     assert len({loaded[key].data_ptr() for key in ("a", "part", "other", "turned")}) == 4
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 100])
-def test_blocks_in_any_order_make_the_same_file(tmp_path: Path, block: int) -> None:
+@pytest.mark.parametrize("block", [1, 2, 3, 15, 100])
+def test_blocks_of_any_size_make_the_same_file(tmp_path: Path, block: int) -> None:
     value = {"w": torch.arange(7 * 5 * 4).reshape(7, 5, 4), "b": torch.tensor(1.5), "e": torch.ones(0, 3)}
     file = save(value, tmp_path / "in.pt")
     plain, cut = tmp_path / "plain", tmp_path / "cut"
@@ -256,10 +256,52 @@ def test_a_sink_refuses_what_torch_cannot_hold(tmp_path: Path) -> None:
         TorchSink(tmp_path / "x.pth").write(clash, iter(()), ())
     with pytest.raises(UnsupportedCheckpoint, match="no such dtype"):
         TorchSink(tmp_path / "x.pth").write([TensorSpec(("a",), (), np.dtype(np.longdouble))], iter(()), ())
+
+
+@pytest.mark.parametrize("given", [0, 2, 5, 40])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_leaf_that_is_not_given_in_full(tmp_path: Path, given: int, stored: bool) -> None:
+    spec = TensorSpec(("a",), (4,), np.dtype(np.float32))
+    values = np.ones(given, np.float32)
+    data = Stored(FLAT, [("0", values.tobytes())]) if stored else iter([((slice(0, given),), values)])
+    before = threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(
+        CorruptCheckpoint, match=rf"not given in full: .*y.pth :: a \(expected 16 bytes.*found {4 * given}\)"
+    ):
+        TorchSink(tmp_path / "y.pth").write([spec], [LeafData(spec, (4,), data)], ())
+    assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) == before, "the file was not closed"
+
+
+def test_values_of_another_dtype(tmp_path: Path) -> None:
+    spec = TensorSpec(("a",), (4,), np.dtype(np.float32))
+    for other in (np.float64, np.int32):
+        leaf = LeafData(spec, (4,), iter([((slice(0, 4),), np.ones(4, other))]))
+        with pytest.raises(CorruptCheckpoint, match=r"another dtype: a \(expected float32"):
+            TorchSink(tmp_path / f"{np.dtype(other).name}.pth").write([spec], [leaf], ())
+
+
+def test_an_error_of_whoever_makes_a_leaf_passes_and_closes_the_file(tmp_path: Path) -> None:
     spec = TensorSpec(("a",), (4,), np.dtype(np.int8))
-    half = LeafData(spec, (2,), iter([((slice(0, 2),), np.ones(2, np.int8))]))
-    with pytest.raises(CorruptCheckpoint, match="incomplete"):
-        TorchSink(tmp_path / "y.pth").write([spec], [half], ())
+
+    def fails() -> Any:
+        yield (slice(0, 2),), np.ones(2, np.int8)
+        raise OSError(28, "of an input")
+
+    before = threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+    with pytest.raises(OSError, match="of an input"):
+        TorchSink(tmp_path / "x.pth").write([spec], [LeafData(spec, (4,), fails())], ())
+    assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) == before, "the file was not closed"
+
+
+def test_leaves_of_many_buffers(tmp_path: Path) -> None:
+    """Larger than what the writer gathers, at offsets that no block of the disk begins at, one behind the other."""
+    raw = np.random.default_rng(0).integers(1, 256, 9 * 2**20 + 5, np.uint8)
+    value = {"a": torch.from_numpy(raw), "b": torch.from_numpy(raw[:7]), "c": torch.from_numpy(raw[::-1].copy())}
+    file = save(value, tmp_path / "in.pt")
+    for block in (None, 2**20 + 1):
+        out = rewrite(file, tmp_path / str(block), block)
+        assert zipfile.ZipFile(out).testzip() is None
+        assert_same(torch.load(out, weights_only=True, mmap=True), value)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,17 +92,6 @@ class FlatFile:
             yield str(start), piece
 
 
-def write_all(descriptor: int, offset: int, buffer: memoryview) -> None:
-    """Write a buffer of bytes to a file, from `offset` on.
-
-    Raises:
-        OSError: The disk is full, or the operating system refuses otherwise.
-    """
-    done = 0
-    while done < len(buffer):
-        done += os.pwrite(descriptor, buffer[done:], offset + done)
-
-
 def pieces_of(leaf: LeafData, dtype: np.dtype[Any]) -> Iterator[memoryview]:
     """A leaf's bytes from the first to the last.
 

@@ -55,6 +55,10 @@ class OrbaxSink:
         """
         numbers, constants = _numbers_as_leaves(constants)
         specs, leaves = [*specs, *(leaf.spec for leaf in numbers)], itertools.chain(leaves, numbers)
+        with _storing(self._path):
+            self._path.mkdir(parents=True, exist_ok=True)
+            # First, since it refuses keys that would share a name.
+            write_tree(self._path, specs, constants, self._zarr_version)
         total = 0
         with contextlib.ExitStack() as held:
             database = OcdbtWriter(self._path, lambda path: held.enter_context(FileWriter(path)))
@@ -65,7 +69,6 @@ class OrbaxSink:
             with _storing(self._path):
                 database.finish()
         with _storing(self._path):
-            write_tree(self._path, specs, constants, self._zarr_version)
             write_step(self._directory, self._item, self._started_ns)
         return total
 
@@ -139,5 +142,5 @@ def _numbers_as_leaves(constants: Iterable[Constant]) -> tuple[list[LeafData], l
 def _storing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise storage_refusal(path, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,13 +99,14 @@ class TorchSource:
         """See `Source.read`."""
         leaf = self._leaf(path)
         view = leaf.view
-        if view.is_contiguous:
-            return leaf.file.read_region(leaf.first_byte, view.shape, view.dtype, region)
-        result = np.empty(region_shape(region), view.dtype)
-        if result.size:
-            first = sum(part.start * stride for part, stride in zip(region, view.strides, strict=True))
-            _read_strided(leaf.file, leaf.first_byte + first * view.dtype.itemsize, view.strides, result)
-        return result
+        with _naming(leaf, path):
+            if view.is_contiguous:
+                return leaf.file.read_region(leaf.first_byte, view.shape, view.dtype, region)
+            result = np.empty(region_shape(region), view.dtype)
+            if result.size:
+                first = sum(part.start * stride for part, stride in zip(region, view.strides, strict=True))
+                _read_strided(leaf.file, leaf.first_byte + first * view.dtype.itemsize, view.strides, result)
+            return result
 
     def stored(self, path: KeyPath) -> Stored | None:
         """See `Source.stored`."""
@@ -112,7 +114,7 @@ class TorchSource:
         if not leaf.view.is_contiguous:
             return None
         size = math.prod(leaf.view.shape) * leaf.view.dtype.itemsize
-        return Stored(FLAT, leaf.file.pieces(leaf.first_byte, size))
+        return Stored(FLAT, _pieces(leaf, path, size))
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
@@ -164,6 +166,26 @@ class TorchSource:
             if first.setdefault(same, path) != path:
                 shared[path] = first[same]
         return shared
+
+
+def _pieces(leaf: _Leaf, path: KeyPath, size: int) -> Iterator[tuple[str, memoryview]]:
+    with _naming(leaf, path):
+        yield from leaf.file.pieces(leaf.first_byte, size)
+
+
+@contextlib.contextmanager
+def _naming(leaf: _Leaf, path: KeyPath) -> Iterator[None]:
+    """Let an error name the leaf as well as the file."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(
+            error.what,
+            where=f"{leaf.file.path} :: {display(path)}",
+            expected=error.expected,
+            found=error.found,
+            hint=error.hint,
+        ) from error
 
 
 def _locate(archive: Archive, path: KeyPath, view: TensorView) -> int:

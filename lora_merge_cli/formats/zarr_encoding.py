@@ -70,7 +70,7 @@ def _version_2(array: ZarrArray) -> dict[str, Any]:
         "chunks": list(array.chunks),
         "compressor": None if array.codec == "raw" else {"id": "zstd", "level": ZSTD_LEVEL},
         "dimension_separator": array.separator,
-        "dtype": array.dtype.name if array.dtype.kind == "V" else array.dtype.str.replace("=", "<"),
+        "dtype": array.dtype.str if array.dtype.isbuiltin == 1 else array.dtype.name,
         "fill_value": None,
         "filters": None,
         "order": "C",
