@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help dev demo test check format samples bench-full bench-llama test-compat clean
+.PHONY: help dev demo test check format samples bench bench-full test-compat clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,11 +44,13 @@ samples: $(READY)  ## Make sample_checkpoints/ anew
 test-compat: $(READY)  ## Prove that OpenPI's pinned Orbax restores what is written, and that the tool runs beside it
 	bash tests/compat/run.sh
 
-bench-full: $(READY)  ## Merge a full-size checkpoint and print its figures
-	$(BIN)/python benchmarks/full_size.py
+CHOSEN = $(if $(CASES),--cases $(CASES)) $(if $(RUNS),--runs $(RUNS))
 
-bench-llama: $(READY)  ## Merge a PEFT adapter into a Llama-shaped model beside cp and PEFT, and print the figures
-	$(BIN)/python benchmarks/llama.py
+bench: $(READY)  ## Measure small merges beside a plain copy, in a minute or two
+	$(BIN)/python benchmarks/run.py --size small $(CHOSEN)
+
+bench-full: $(READY)  ## Measure full-size merges against their targets; CASES=llama,startup RUNS=3 for some; 40 GB of disk
+	$(BIN)/python benchmarks/run.py --size full $(CHOSEN)
 
 clean:  ## Remove environments, caches and outputs
 	rm -rf $(VENV) .venv-* demo_output benchmarks/data .mypy_cache .ruff_cache .pytest_cache
