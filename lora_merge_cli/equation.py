@@ -42,6 +42,11 @@ class Equation:
         """Whether the kernel's first dim is l, the stacked layers."""
         return self.target.startswith("l")
 
+    @property
+    def of_one_layer(self) -> Equation:
+        """The equation of one of the stacked layers: the same where none are stacked."""
+        return Equation(self.text.replace("l", "")) if self.stacked else self
+
     @functools.cached_property
     def inputs(self) -> str:
         """Dims that the kernel contracts with its input: ``lora_a``'s alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,22 +14,21 @@ import numpy as np
 
 from lora_merge_cli.ahead import Ahead, in_order
 from lora_merge_cli.compare import count_non_finite, equals_rounded
-from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
+from lora_merge_cli.errors import NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
+from lora_merge_cli.factors import FactorFindings, FactorReader, check_factors, one_layer
 from lora_merge_cli.formats.interface import Blocks, LeafData, Source, Stored
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import LeafDigest, adapter_digest, leaf_digest, spectrum, with_ones
 from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, operation_named
 from lora_merge_cli.operations.add_delta import AddDelta, scaled_factors
 from lora_merge_cli.plan import MergePlan, Step
-from lora_merge_cli.reading import FactorReader, nbytes, scan_start
+from lora_merge_cli.reading import nbytes, scan_start
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
     KeyPath,
     Region,
-    TensorSpec,
     display,
     first_names,
     full_region,
@@ -47,11 +46,14 @@ class _Block:
     """A run of a leaf's entries before any site is applied."""
 
     region: Region
+    """Where it lies in the leaf."""
+    inside: Region
+    """Where it lies in its layer; in the leaf where no layers are stacked."""
     values: Array
     base: Array | None
     """The base's values there."""
     update: KernelUpdate | None
-    """What the leaf's sites do to it."""
+    """What the leaf's sites do to its layer."""
 
 
 class Execution:
@@ -78,7 +80,7 @@ class Execution:
         self._plan = plan
         self._inputs = inputs
         self._source = inputs.checkpoint.source
-        self._factors = FactorReader(inputs)
+        self._reader = FactorReader(inputs)
         self._device = device
         self._encodings = encodings
         self._jobs = jobs_or_default(jobs)
@@ -89,14 +91,10 @@ class Execution:
         """Per changed leaf and layer, once it is done."""
         self.not_finite: dict[str, int] = {}
         """Non-finite entries per untouched leaf that had to be decoded anyway."""
-        self.adapter_digests: list[str] = []
-        """Per site, in the plan's order, a digest of its factors' names, shapes, dtypes and values."""
-        self.spectra: list[tuple[float, ...]] = []
-        """Per site, in the plan's order, the singular values of its delta; see `lowrank.spectrum`."""
-        self.silent: list[AdapterSite] = []
-        """The sites one of whose factors is zero."""
+        self.factors = FactorFindings()
+        """What was found of the factors."""
 
-    def check_factors(self) -> None:
+    def check(self) -> None:
         """Read every factor once, and whatever must be equal, before anything is written.
 
         Raises:
@@ -104,42 +102,14 @@ class Execution:
             NothingToMerge: Nothing would change: a factor of each site is zero, and no tensor is replaced.
             UnsupportedCheckpoint: Two leaves that the model ties differ.
         """
-        digests: dict[tuple[int | None, KeyPath], LeafDigest] = {}
-        for site in self._plan.sites:
-            leaves = {}
-            for role, factor in site.factors.items():
-                key = site.adapter, factor.path
-                spec = self._plan.factors[key]
-                values = self._factors.leaf(*key)
-                if key not in digests:
-                    self._refuse_not_finite(site, spec, values)
-                    digests[key] = leaf_digest(spec, values)
-                leaves[role] = factor.of(values)
-            self.adapter_digests.append(
-                adapter_digest({r: digests[site.adapter, f.path] for r, f in site.factors.items()})
-            )
-            if any(not leaves[role].any() for role in ("lora_a", "lora_b") if role in leaves):
-                self.silent.append(site)
-            leaves = with_ones(leaves)
-            scale = (site.parameters.scale.value or 0.0) * site.weight * self._plan.multiplier
-            self.spectra.append(spectrum(site.parameters.equation, leaves["lora_a"], leaves["lora_b"], scale))
+        self.factors = check_factors(self._plan, self._inputs, self._reader)
         self._refuse_silence()
         for one, other in self._plan.equal:
             self._refuse_unequal(one, other)
 
-    def _refuse_not_finite(self, site: AdapterSite, spec: TensorSpec, values: Array) -> None:
-        bad = int(np.sum(~np.isfinite(values.astype(np.float32))))
-        if bad:
-            raise NonFiniteInput(
-                "a factor is not finite",
-                where=f"{self._inputs.source(site.adapter).path} :: {spec.name}",
-                expected="finite values",
-                found=f"{bad} of {spec.size} entries NaN or Inf",
-            )
-
     def _refuse_silence(self) -> None:
         plan = self._plan
-        silent = {id(site) for site in self.silent if site.operation == AddDelta.name}
+        silent = {id(site) for site in self.factors.silent if site.operation == AddDelta.name}
         speaking = any(site.weight and id(site) not in silent for site in plan.sites)
         if any(found.weight for found in plan.replacements) or (speaking and plan.multiplier):
             return
@@ -231,60 +201,78 @@ class Execution:
     def _fused(self, step: Step, blocks: Iterator[_Block], workers: ThreadPoolExecutor) -> Blocks:
         """A kernel with its deltas added, some blocks being computed while earlier ones are stored."""
         pending: deque[tuple[_Block, KernelUpdate, Future[FusedBlock]]] = deque()
+        updates: list[KernelUpdate] = []
         differs = False
 
         def taken() -> tuple[Region, Array]:
             block, update, computed = pending.popleft()
-            result = update.take(block.region, block.values, computed.result())
+            result = update.take(block.inside, block.values, computed.result())
             self._listener.advance(step.output.name, nbytes(block.region, step.output))
-            return block.region, result
+            return block.region, result.reshape(block.values.shape)
 
-        update: KernelUpdate | None = None
         for block in blocks:
             update = block.update
             assert update is not None, "a step with sites has one"
+            if not updates or updates[-1] is not update:
+                updates.append(update)
             differs = differs or not (block.base is None or equals_rounded(block.values, block.base))
-            computed = workers.submit(update.compute, block.region, block.values, block.base)
-            pending.append((block, update, computed))
+            pending.append((block, update, workers.submit(update.compute, block.inside, block.values, block.base)))
             if len(pending) > self._jobs:
                 yield taken()
         while pending:
             yield taken()
         self._note_frozen(step, differs)
-        self.moments[step.output.path] = () if update is None else update.finish()
+        self.moments[step.output.path] = tuple(update.finish() for update in updates)
 
     def _read(self, step: Step, pool: ThreadPoolExecutor) -> Iterator[_Block]:
-        """The blocks of a leaf, and what changes them."""
-        update = None
-        if step.sites:
+        """The blocks of a leaf, and what changes them: layers that are stacked are kernels of their own."""
+        regions = list(grid(full_region(step.source.shape), step.block))
+        if not step.sites:
+            for region, values, base in self._scanned(step, regions, pool):
+                yield _Block(region, region, values, base, None)
+            return
+        stacked = step.sites[0].parameters.equation.stacked
+        sites = [one_layer(site) for site in step.sites]
+        scanned = self._scanned(step, regions, pool)
+        layers = zip(*(self._reader.layers(site) for site in step.sites), strict=True)
+        for layer, factors in enumerate(layers):
+            here = [region for region in regions if not stacked or region[0].start == layer]
             update = KernelUpdate(
                 f"{self._source.path} :: {step.output.name}",
-                step.sites[0].parameters.equation,
-                step.source.shape,
-                [self._contribution(step, site, pool) for site in step.sites],
+                sites[0].parameters.equation,
+                step.source.shape[1:] if stacked else step.source.shape,
+                [self._contribution(step, site, own, here, pool) for site, own in zip(sites, factors, strict=True)],
                 step.output.dtype,
                 self._plan.serving_dtype,
                 self._device,
             )
-        for region, values, base in self._scanned(step, pool):
-            yield _Block(region, values, base, update)
+            for region, values, base in itertools.islice(scanned, len(here)):
+                yield _Block(region, region[1:] if stacked else region, values, base, update)
 
-    def _contribution(self, step: Step, site: AdapterSite, pool: ThreadPoolExecutor) -> Contribution:
-        """What a site adds; with a first pass over the kernel where the operation needs one."""
+    def _contribution(
+        self,
+        step: Step,
+        site: AdapterSite,
+        factors: Mapping[str, Array],
+        regions: Sequence[Region],
+        pool: ThreadPoolExecutor,
+    ) -> Contribution:
+        """What a site adds to one layer; with a first pass over the kernel where the operation needs one."""
         operation = operation_named(site.operation)
-        factors = self._factors.read(site)
         norms = None
         if operation.needs_norms:
             a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))
-            passed = OutputNorms(site.parameters.equation, step.source.shape, a, b, self._device)
-            for region, values, base in self._scanned(step, pool):
-                passed.add(region, values if base is None else base)
+            shape = step.source.shape[len(step.source.shape) - len(site.parameters.equation.target) :]
+            passed = OutputNorms(site.parameters.equation, shape, a, b, self._device)
+            for region, values, base in self._scanned(step, regions, pool):
+                passed.add(region[len(region) - len(shape) :], values if base is None else base)
             norms = passed.finish()
         return operation.contribute(site, factors, site.weight * self._plan.multiplier, norms)
 
-    def _scanned(self, step: Step, pool: ThreadPoolExecutor) -> Iterator[tuple[Region, Array, Array | None]]:
+    def _scanned(
+        self, step: Step, regions: Sequence[Region], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Region, Array, Array | None]]:
         """The leaf's values as they start, and the base's, region by region."""
-        regions = list(grid(full_region(step.source.shape), step.block))
         bases: Iterator[Array | None] = itertools.repeat(None, len(regions))
         if step.base is not None and self._inputs.base is not None:
             bases = self._inputs.base.source.scan(step.base.path, regions, pool)

@@ -8,18 +8,17 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_merge_cli.assets import AssetCheck, check_assets
-from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dialects import (
-    ADAPTER_DIALECTS,
     DIALECTS,
     AdapterDialect,
     Dialect,
     ScaleOptions,
+    adapter_dialects,
     detect_adapter_dialect,
     looks_like_adapter,
 )
@@ -28,9 +27,6 @@ from lora_merge_cli.errors import UnknownFormat, UnknownScale, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
-from lora_merge_cli.measurement import SiteStats, site_stats
-from lora_merge_cli.plan import refuse_unscaled
-from lora_merge_cli.reading import FactorReader
 from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
     AdapterRow,
@@ -44,8 +40,11 @@ from lora_merge_cli.records import (
     display,
 )
 from lora_merge_cli.report import SCHEMA_VERSION, GroupRecord
-from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import finite
+
+if TYPE_CHECKING:
+    from lora_merge_cli.factors import FactorReader
+    from lora_merge_cli.measurement import SiteStats
 
 
 @dataclass(frozen=True)
@@ -190,17 +189,20 @@ def inspect(request: InspectRequest) -> Inspection:
     groups = dialect.grouping(index, survey.sites)
     unscaled = [site for site in survey.sites if site.parameters.scale.value is None]
     problems = [str(problem) for problem in survey.problems]
-    try:
-        refuse_unscaled(inputs, survey.sites)
-    except UnknownScale as refusal:
-        problems.append(str(refusal))
+    if unscaled:
+        from lora_merge_cli.plan import refuse_unscaled
+
+        try:
+            refuse_unscaled(inputs, survey.sites)
+        except UnknownScale as refusal:
+            problems.append(str(refusal))
     notes = [*(note for _, opened in inputs.opened for note in opened.notes), *survey.notes]
     if "frozen" not in groups.values() and survey.sites:
         notes.append("no untouched leaf is in the dtype of frozen ones: frozen and trained look alike")
     if checkpoint.left_out:
         notes.append(f"beside it, not part of a merge: {', '.join(checkpoint.left_out)}")
     adapter_parameters = sum(index.tensors[path].size for path, group in groups.items() if group == "adapter")
-    reader = FactorReader(inputs) if request.stats else None
+    reader = _factor_reader(inputs) if request.stats else None
     adapters = tuple(_adapter_record(inputs, number, survey, request.scales) for number in range(len(inputs.adapters)))
     return Inspection(
         path=str(checkpoint.source.path),
@@ -235,6 +237,18 @@ def inspect(request: InspectRequest) -> Inspection:
     )
 
 
+def _factor_reader(inputs: Inputs) -> FactorReader:
+    from lora_merge_cli.factors import FactorReader
+
+    return FactorReader(inputs)
+
+
+def _stats(inputs: Inputs, spec: TensorSpec, site: AdapterSite, reader: FactorReader) -> SiteStats:
+    from lora_merge_cli.measurement import site_stats
+
+    return site_stats(inputs.checkpoint, spec, site, reader.read(site))
+
+
 def _adapter_alone(request: InspectRequest) -> tuple[Checkpoint, AdapterDialect] | None:
     """The adapter, if that is what the path leads to."""
     try:
@@ -248,7 +262,7 @@ def _adapter_alone(request: InspectRequest) -> tuple[Checkpoint, AdapterDialect]
     tree = tree_of(opened)
     if any(dialect.matches(tree) for dialect in DIALECTS if dialect.name != "torch"):
         return None
-    if not any(dialect.matches(tree) for dialect in ADAPTER_DIALECTS):
+    if not any(dialect.matches(tree) for dialect in adapter_dialects()):
         return None
     return opened, detect_adapter_dialect(tree, request.dialect)
 
@@ -383,7 +397,7 @@ def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, reader: FactorR
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=None if reader is None else site_stats(inputs.checkpoint, spec, site, reader.read(site)),
+        stats=None if reader is None else _stats(inputs, spec, site, reader),
         adapter=site.adapter,
         weight=site.weight,
     )
@@ -406,6 +420,9 @@ def _compare(dialect: Dialect, checkpoint: Checkpoint, base: Checkpoint) -> tupl
 
 
 def _compare_leaf(checkpoint: Checkpoint, base: Checkpoint, spec: TensorSpec, partner: KeyPath) -> BaseRow:
+    from lora_merge_cli.compare import equals_rounded
+    from lora_merge_cli.side_by_side import side_by_side
+
     equal, change_sq, base_sq = True, 0.0, 0.0
     leaves = [(checkpoint.source, spec), (base.source, base.source.index().tensors[partner])]
     for _, (values, reference) in side_by_side(leaves):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -79,25 +78,40 @@ def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:
 
 
 def spectrum(equation: Equation, a: Array, b: Array, scale: float) -> tuple[float, ...]:
-    """Singular values of the scaled delta, descending, as root mean squares over the batch dims."""
-    values = delta_singular_values(equation, a, b)
+    """Singular values of the scaled delta; see `mean_spectrum`."""
+    return mean_spectrum([delta_singular_values(equation, a, b)], scale)
+
+
+def mean_spectrum(singular_values: Sequence[Array], scale: float) -> tuple[float, ...]:
+    """Singular values of the scaled delta, descending, as root mean squares over layers and batch dims.
+
+    Args:
+        singular_values: Of each layer, those that `delta_singular_values` gives.
+        scale: What the delta is multiplied by.
+    """
+    values = np.concatenate(singular_values)
     with np.errstate(over="ignore"):
         scaled = abs(scale) * np.sqrt(np.mean(np.square(values), axis=0))
     return tuple(map(float, np.minimum(scaled, np.finfo(np.float64).max)))
 
 
-LeafDigest: TypeAlias = str
-"""A digest of one factor."""
-
-
-def leaf_digest(spec: TensorSpec, values: Array) -> LeafDigest:
+class LeafDigest:
     """A digest of a factor's name, shape, dtype and values."""
-    digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
-    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._digest = hashlib.sha256(f"{spec.name}\0{spec.shape}\0{spec.dtype.name}\0".encode())
+
+    def add(self, values: Array) -> None:
+        """Add the next values, in row-major order."""
+        self._digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+    @property
+    def text(self) -> str:
+        """The digest of what was added so far."""
+        return self._digest.hexdigest()
 
 
-def adapter_digest(factors: Mapping[str, LeafDigest]) -> str:
+def adapter_digest(factors: Mapping[str, str]) -> str:
     """A digest of one adapter's factors, by role."""
     joined = "".join(digest for _, digest in sorted(factors.items()))
     return f"sha256:{hashlib.sha256(joined.encode()).hexdigest()}"

@@ -222,8 +222,8 @@ def merge(
         destination = place.destination(stage, output, checkpoint, plan)
         sink = place.format.sink(destination, checkpoint)
         execution = Execution(plan, inputs, device, sink.encodings, request.jobs, listener)
-        execution.check_factors()
-        _refuse_repeat(checkpoint, plan, execution.adapter_digests)
+        execution.check()
+        _refuse_repeat(checkpoint, plan, execution.factors.digests)
         sink.write([step.output for step in plan.steps], execution.leaves(), plan.constants)
         if not place.is_file:
             copy_companions(checkpoint, plan, stage)
@@ -300,8 +300,8 @@ def _measured(prepared: Prepared, execution: Execution) -> Iterator[SiteRecord]:
             prepared.site_record(site),
             dict(enumerate(execution.moments[site.targets[0]])),
             prepared.plan.serving_dtype.name,
-            execution.spectra[number],
-            execution.adapter_digests[number],
+            execution.factors.spectra[number],
+            execution.factors.digests[number],
         )
 
 

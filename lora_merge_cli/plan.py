@@ -313,7 +313,9 @@ def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptio
 def _block(change: LeafChange) -> tuple[int, ...]:
     start = change.start
     if change.sites:
-        return cut(change.sites[0].parameters.equation, start.shape).block
+        equation = change.sites[0].parameters.equation
+        inner = cut(equation.of_one_layer, start.shape[1:] if equation.stacked else start.shape).block
+        return (1, *inner) if equation.stacked else inner
     return slab(start.shape, _BLOCK_BYTES // start.dtype.itemsize)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -12,20 +11,14 @@ import numpy as np
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.inputs import Inputs
-from lora_merge_cli.lowrank import with_ones
 from lora_merge_cli.plan import Step
 from lora_merge_cli.records import (
-    AdapterSite,
     Array,
-    KeyPath,
     Region,
     Replacement,
     TensorSpec,
-    full_region,
     region_shape,
 )
-
-_LEAVES_KEPT = 4
 
 
 def scan_start(inputs: Inputs, step: Step, regions: Sequence[Region], pool: Executor | None = None) -> Iterator[Array]:
@@ -85,29 +78,6 @@ def _refuse_not_finite(inputs: Inputs, found: Replacement, values: Array) -> Non
             expected="finite values",
             found=f"{bad} of {values.size} entries NaN or Inf",
         )
-
-
-class FactorReader:
-    """Reads adapters' factors. The last few leaves are kept: experts share theirs, each taking a part."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs = inputs
-        self.leaf = functools.lru_cache(_LEAVES_KEPT)(self._read)
-        """An adapter's whole leaf, by the adapter's number and path."""
-
-    def read(self, site: AdapterSite) -> dict[str, Array]:
-        """A site's factors by role, as its equation takes them, in the stored dtypes; see `AdapterSite.factors`.
-
-        Raises:
-            CorruptCheckpoint: One cannot be read.
-        """
-        return with_ones(
-            {role: factor.of(self.leaf(site.adapter, factor.path)) for role, factor in site.factors.items()}
-        )
-
-    def _read(self, adapter: int | None, path: KeyPath) -> Array:
-        source = self._inputs.source(adapter)
-        return source.read(path, full_region(source.index().tensors[path].shape))
 
 
 def nbytes(region: Region, spec: TensorSpec) -> int:

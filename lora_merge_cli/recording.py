@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import resource
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
-from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
     DroppedRecord,
@@ -26,6 +24,9 @@ from lora_merge_cli.report import (
     SurvivalRecord,
 )
 from lora_merge_cli.survival import Moments, finite
+
+if TYPE_CHECKING:
+    from lora_merge_cli.plan import MergePlan, Step
 
 _PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
@@ -178,5 +179,8 @@ def peak_rss() -> int:
 
 def versions() -> dict[str, str]:
     """Of the tool and of what it computes with."""
+    import importlib.metadata
+    import platform
+
     installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"lora-merge": __version__, "python": platform.python_version()} | installed

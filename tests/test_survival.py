@@ -78,7 +78,7 @@ def compute(
     for block in blocks:
         fused = update.compute(block, w[block], None if base is None else base[block])
         result[block] = update.take(block, w[block], fused)
-    return result, update.finish()
+    return result, (update.finish(),)
 
 
 @pytest.fixture(params=["whole", "small", "ragged"])

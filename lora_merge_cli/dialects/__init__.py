@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,10 +15,8 @@ from lora_merge_cli.dialects.interface import (
     Tree,
     looks_like_adapter,
 )
-from lora_merge_cli.dialects.minimind import MiniMind
 from lora_merge_cli.dialects.nnx import Nnx
 from lora_merge_cli.dialects.openpi import OpenPI
-from lora_merge_cli.dialects.peft import Peft
 from lora_merge_cli.dialects.torch_model import Plain
 from lora_merge_cli.errors import UnmatchedAdapter, UsageError
 from lora_merge_cli.records import display, first_names
@@ -27,8 +26,14 @@ _D = TypeVar("_D", bound=Dialect)
 DIALECTS: tuple[Dialect, ...] = (OpenPI(), Nnx(), Plain())
 """Whose adapters are inside the checkpoint, or who have none."""
 
-ADAPTER_DIALECTS: tuple[AdapterDialect, ...] = (Peft(), MiniMind())
-"""Whose adapters are beside it."""
+
+@functools.cache
+def adapter_dialects() -> tuple[AdapterDialect, ...]:
+    """Whose adapters are beside it, in detection order; imported once a checkpoint's own dialect is none of the above."""
+    from lora_merge_cli.dialects.minimind import MiniMind
+    from lora_merge_cli.dialects.peft import Peft
+
+    return (Peft(), MiniMind())
 
 
 def detect_dialect(tree: Tree, name: str | None = None) -> Dialect:
@@ -55,12 +60,12 @@ def detect_adapter_dialect(tree: Tree, name: str | None = None) -> AdapterDialec
         UsageError: The name is no dialect's, or several dialects know the adapter.
         UnmatchedAdapter: None knows it.
     """
-    found = _chosen(ADAPTER_DIALECTS, tree, name)
+    found = _chosen(adapter_dialects(), tree, name)
     if found is None:
         raise UnmatchedAdapter(
             "not an adapter that any dialect knows",
             where=tree.where,
-            expected=f"keys as {' or '.join(dialect.name for dialect in ADAPTER_DIALECTS)} write them",
+            expected=f"keys as {' or '.join(dialect.name for dialect in adapter_dialects())} write them",
             found=first_names(map(display, tree.index.tensors), 3),
             hint="give the adapter after --adapter, and the model that it was trained on before it",
         )
@@ -89,11 +94,11 @@ def _chosen(candidates: Sequence[_D], tree: Tree, name: str | None) -> _D | None
 
 def dialect_named(name: str) -> Dialect:
     """The registered dialect of that name."""
-    return next(dialect for dialect in (*DIALECTS, *ADAPTER_DIALECTS) if dialect.name == name)
+    own = (dialect for dialect in DIALECTS if dialect.name == name)
+    return next(own, None) or next(dialect for dialect in adapter_dialects() if dialect.name == name)
 
 
 __all__ = [
-    "ADAPTER_DIALECTS",
     "DIALECTS",
     "AdapterDialect",
     "Dialect",
@@ -101,6 +106,7 @@ __all__ = [
     "ScaleOptions",
     "Subject",
     "Tree",
+    "adapter_dialects",
     "detect_adapter_dialect",
     "detect_dialect",
     "dialect_named",

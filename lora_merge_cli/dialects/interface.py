@@ -119,7 +119,7 @@ class Dialect(Protocol):
 
 
 class AdapterDialect(Dialect, Protocol):
-    """A trainer whose adapters are files of their own, beside their base. Registered in `dialects.ADAPTER_DIALECTS`."""
+    """A trainer whose adapters are files of their own, beside their base. Registered in `dialects.adapter_dialects`."""
 
     def describe(self, adapter: Tree, options: ScaleOptions) -> AdapterSummary:
         """What an adapter is by itself, without its base."""

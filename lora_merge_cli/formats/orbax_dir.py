@@ -15,7 +15,6 @@ from lora_merge_cli.errors import CorruptCheckpoint, InputNotFound, UnknownForma
 from lora_merge_cli.formats.hf_dir import ASSETS, CONFIG, companions, read_config
 from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
 from lora_merge_cli.formats.orbax_metadata import STEP_FILE, TREE_FILE
-from lora_merge_cli.formats.orbax_sink import OrbaxSink
 from lora_merge_cli.formats.orbax_source import MANIFEST, OrbaxSource
 
 _PREFERRED_ITEM = "params"
@@ -59,6 +58,8 @@ class OrbaxFormat:
 
     def sink(self, destination: Destination, like: Checkpoint) -> Sink:
         """See `Format.sink`."""
+        from lora_merge_cli.formats.orbax_sink import OrbaxSink
+
         version = like.source.zarr_version if isinstance(like.source, OrbaxSource) else 2
         return OrbaxSink(destination.directory, destination.item, version, destination.compression)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli.errors import CorruptCheckpoint, UsageError
 from lora_merge_cli.formats.hf_dir import (
@@ -22,10 +22,10 @@ from lora_merge_cli.formats.hf_dir import (
     read_config,
 )
 from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint, Destination, Sink
-from lora_merge_cli.formats.torch_archive import open_archive
-from lora_merge_cli.formats.torch_sink import TorchSink
-from lora_merge_cli.formats.torch_source import TorchSource
 from lora_merge_cli.records import first_names
+
+if TYPE_CHECKING:
+    from lora_merge_cli.formats.torch_source import TorchSource
 
 _MODEL_FILE = "pytorch_model.bin"
 _SHARDS = "pytorch_model.bin.index.json"
@@ -58,11 +58,14 @@ class TorchFormat:
         directory, notes = find_adapter(path) or (path, ())
         if not (directory / _ADAPTER_FILE).is_file() or (directory / _OTHER_ADAPTER_FILE).exists():
             return None
-        source = TorchSource(directory / _ADAPTER_FILE, [directory / _ADAPTER_FILE])
+        source = _source(directory / _ADAPTER_FILE, [directory / _ADAPTER_FILE])
         return _checkpoint(given, directory, source, [_ADAPTER_FILE], ADAPTER_CONFIG, notes)
 
     def sink(self, destination: Destination, like: Checkpoint) -> Sink:
         """See `Format.sink`."""
+        from lora_merge_cli.formats.torch_sink import TorchSink
+        from lora_merge_cli.formats.torch_source import TorchSource
+
         name = destination.file or (_MODEL_FILE if CONFIG in like.companions else _OUTPUT_FILE)
         path = destination.directory / name
         if not isinstance(like.source, TorchSource):
@@ -72,7 +75,12 @@ class TorchFormat:
 
 
 def _open_file(path: Path, given: Path, config: str | None) -> Checkpoint | None:
-    archive = open_archive(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    from lora_merge_cli.formats.torch_archive import open_archive
+    from lora_merge_cli.formats.torch_source import TorchSource
+
+    archive = open_archive(path)
     if archive is None:
         return None
     provenance = path.with_name(f"{path.name}.{PROVENANCE}")
@@ -93,12 +101,12 @@ def _open_directory(path: Path, given: Path) -> Checkpoint | None:
     if (path / _MODEL_FILE).is_file():
         both = (path / _SHARDS).exists()
         notes = (f"{_MODEL_FILE}, and not the shards that {_SHARDS} names",) if both else ()
-        return _checkpoint(given, path, TorchSource(path, [path / _MODEL_FILE]), [_MODEL_FILE], CONFIG, notes)
+        return _checkpoint(given, path, _source(path, [path / _MODEL_FILE]), [_MODEL_FILE], CONFIG, notes)
     if not (path / _SHARDS).is_file():
         return _open_sole_file(path, given)
     weight_map = _weight_map(path / _SHARDS)
     names = sorted(set(weight_map.values()))
-    source = TorchSource(path, [path / name for name in names], weight_map)
+    source = _source(path, [path / name for name in names], weight_map)
     return _checkpoint(given, path, source, [*names, _SHARDS], CONFIG, ())
 
 
@@ -108,7 +116,14 @@ def _open_sole_file(path: Path, given: Path) -> Checkpoint | None:
     name = _OUTPUT_FILE if _OUTPUT_FILE in names else names[0] if len(names) == 1 else None
     if name is None or any(path.glob("*.safetensors")):
         return None
-    return _checkpoint(given, path, TorchSource(path, [path / name]), [name], CONFIG, ())
+    return _checkpoint(given, path, _source(path, [path / name]), [name], CONFIG, ())
+
+
+def _source(path: Path, files: Sequence[Path], weight_map: Mapping[str, str] | None = None) -> TorchSource:
+    # The reader of pickles is imported once there is one: most checkpoints are of another format.
+    from lora_merge_cli.formats.torch_source import TorchSource
+
+    return TorchSource(path, files, weight_map)
 
 
 def _checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,8 +59,7 @@ class KernelUpdate:
         gain = sum(gains[1:], gains[0]).astype(FLOAT32) if gains else None
         self._unit = _delta_unit(a, b, gain)
         self._operands = _Operands(self._cut, a, b, input_basis(a, batch), gain)
-        self._layers = tuple(Moments() for _ in range(shape[0] if equation.stacked else 1))
-        self._rows_per_layer = self._cut.matrices * self._cut.rows // max(1, len(self._layers))
+        self._moments = Moments()
         self._projections: dict[int, _Projection] = {}
 
     def compute(self, region: Region, kernel: Array, base: Array | None) -> FusedBlock:
@@ -119,41 +118,32 @@ class KernelUpdate:
                 found=f"a result beyond its range in {_spell(region)}",
                 hint="use --dtype float32 or bfloat16",
             )
-        for layer, part in self._by_layer(first, rows):
-            self._layers[layer].add(self._sums(fused, part))
+        self._moments.add(self._sums(fused, rows))
         self._project(first, rows, fused)
         return np.asarray(values).reshape([part.stop - part.start for part in region])
 
-    def finish(self) -> tuple[Moments, ...]:
-        """The sums per layer; one entry for a leaf that stacks no layers.
+    def finish(self) -> Moments:
+        """The sums over the kernel.
 
         Raises:
             RuntimeError: Some block was never taken.
         """
-        if self._projections or sum(layer.entries for layer in self._layers) != math.prod(self._cut.shape):
+        if self._projections or self._moments.entries != math.prod(self._cut.shape):
             raise RuntimeError(f"{self._where}: not every block was computed")
-        return self._layers
+        return self._moments
 
-    def _by_layer(self, first: int, rows: int) -> Iterator[tuple[int, slice]]:
-        """Each layer that a block has rows of, and which of the block's rows these are."""
-        per_layer = self._rows_per_layer
-        for layer in range(first // per_layer, -(-(first + rows) // per_layer)):
-            start, stop = layer * per_layer - first, (layer + 1) * per_layer - first
-            yield layer, slice(max(0, start), min(rows, stop))
-
-    def _sums(self, fused: FusedBlock, part: slice) -> Moments:
+    def _sums(self, fused: FusedBlock, rows: int) -> Moments:
         unit = float(self._unit) ** 2
-        tiles = slice(part.start // self._cut.tile_rows, -(-part.stop // self._cut.tile_rows))
         return Moments(
-            delta_sq=0.0 if fused.delta_sq is None else _total(fused.delta_sq[part]) * unit,
-            kernel_sq=_total(fused.kernel_sq[part]),
-            max_abs=float(fused.max_abs[tiles].max(initial=0.0)),
-            entries=(part.stop - part.start) * self._cut.columns,
+            delta_sq=0.0 if fused.delta_sq is None else _total(fused.delta_sq[:rows]) * unit,
+            kernel_sq=_total(fused.kernel_sq[:rows]),
+            max_abs=float(fused.max_abs.max(initial=0.0)),
+            entries=rows * self._cut.columns,
             realised={
                 name: Realised(
-                    q_dot_d=0.0 if sums.q_dot_d is None else _total(sums.q_dot_d[part]) * unit,
-                    error_sq=_total(sums.error_sq[part]) * unit,
-                    unchanged=int(np.sum(sums.unchanged[part], dtype=np.int64)),
+                    q_dot_d=0.0 if sums.q_dot_d is None else _total(sums.q_dot_d[:rows]) * unit,
+                    error_sq=_total(sums.error_sq[:rows]) * unit,
+                    unchanged=int(np.sum(sums.unchanged[:rows], dtype=np.int64)),
                 )
                 for name, sums in fused.realised.items()
             },
@@ -183,14 +173,13 @@ class KernelUpdate:
         has_gain = ideal is not None
         if ideal is None:
             ideal = self._operands.projected_delta(matrix)
-        layer = self._layers[matrix * self._cut.rows // self._rows_per_layer]
         ideal_sq = float(np.sum(np.square(ideal)))
         if not has_gain:
             # Without a gain d lies in U's span, so that nothing of it is lost in the projection.
-            layer.delta_sq += ideal_sq
+            self._moments.delta_sq += ideal_sq
         for name, values in projected.items():
             q_dot_d = float(np.sum(values * ideal))
-            layer.realised[name].add(
+            self._moments.realised[name].add(
                 Realised(
                     q_dot_d=0.0 if has_gain else q_dot_d,
                     inputs_q_dot_d=q_dot_d,

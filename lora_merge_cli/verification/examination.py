@@ -22,7 +22,7 @@ from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import adapter_digest, leaf_digest, spectrum, with_ones
+from lora_merge_cli.lowrank import LeafDigest, adapter_digest, spectrum, with_ones
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
@@ -388,7 +388,9 @@ class Examination:
                 expected="finite values",
                 found=f"{bad} of {spec.size} entries NaN or Inf",
             )
-        return values, leaf_digest(spec, values)
+        digest = LeafDigest(spec)
+        digest.add(values)
+        return values, digest.text
 
     def _note_frozen(self, leaf: ExpectedLeaf, frozen: bool) -> None:
         if leaf.base is not None:
