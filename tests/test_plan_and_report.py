@@ -91,7 +91,6 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(step: Path, tmp_pat
             k: v for k, v in after.items() if k not in measured
         }
     assert done["output_bytes"] == sum(v.nbytes for v in restore_flat(tmp_path / "out/params").values())
-    assert done["peak_rss_bytes"] < 2 * done["peak_bytes_planned"]
 
 
 def test_dry_run_text_shows_scales_their_sources_and_costs(step: Path) -> None:
