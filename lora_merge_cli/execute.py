@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_merge_cli.ahead import Ahead, in_order
 from lora_merge_cli.compare import count_non_finite, equals_rounded
-from lora_merge_cli.errors import NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
+from lora_merge_cli.errors import NonFiniteInput, NothingToMerge, Unrepresentable, UnsupportedCheckpoint, WrongBase
 from lora_merge_cli.factors import FactorFindings, FactorReader, check_factors, one_layer
 from lora_merge_cli.formats.interface import Blocks, LeafData, Source, Stored
 from lora_merge_cli.inputs import Inputs
@@ -137,7 +137,7 @@ class Execution:
                 hint="save the model again, or set tie_word_embeddings in its config.json to what is true",
             )
 
-    def leaves(self) -> Iterator[LeafData]:
+    def leaves(self) -> Generator[LeafData]:
         """Every output leaf, with its data produced as it is pulled.
 
         Raises:
@@ -277,7 +277,21 @@ class Execution:
         if step.base is not None and self._inputs.base is not None:
             bases = self._inputs.base.source.scan(step.base.path, regions, pool)
         for region, values, base in zip(regions, scan_start(self._inputs, step, regions, pool), bases, strict=True):
+            if base is not None and step.sites:
+                self._refuse_base_not_finite(step, values, base)
             yield region, at_most_float32(values) if step.sites else values, base
+
+    def _refuse_base_not_finite(self, step: Step, values: Array, base: Array) -> None:
+        """A delta is added to the base: where the fine-tune's own kernel is finite, the base is to blame."""
+        if self._inputs.base is not None and step.base is not None and not count_non_finite(values):
+            bad = count_non_finite(base)
+            if bad:
+                raise NonFiniteInput(
+                    "the base's kernel under an adapter is not finite",
+                    where=f"{self._inputs.base.source.path} :: {step.base.name}",
+                    expected="finite values",
+                    found=f"{bad} entries NaN or Inf",
+                )
 
     def _compare_whole(self, step: Step, blocks: Iterator[_Block]) -> None:
         equal = True

@@ -38,6 +38,40 @@ def factor_matrices(equation: Equation, a: Array, b: Array) -> tuple[Array, Arra
     )
 
 
+def column_basis(a: Array, batch_dims: int) -> tuple[Array, Array]:
+    """An orthonormal basis Q of all of lora_a's columns, however small, and R with ``A = Q R``; per index of the batch dims.
+
+    Every delta ``A B`` lies in Q's span up to rounding, column by column (Householder QR; Higham, Accuracy and Stability of
+    Numerical Algorithms, section 19.3), so that ``<q, d> = <Q^T q, R B>``.
+
+    Args:
+        a: lora_a, dims batch, inputs, rank.
+        batch_dims: How many of its axes are batch dims.
+
+    Returns:
+        Q, float32, dims batch, inputs (flattened), rank; and R, float64, dims batch, rank, rank. Where there are fewer inputs than
+        ranks the rest is zero.
+    """
+    matrices = a.reshape(*a.shape[:batch_dims], -1, a.shape[-1]).astype(np.float64)
+    q, r = np.linalg.qr(matrices)
+    basis = np.zeros(matrices.shape, np.float32)
+    basis[..., : q.shape[-1]] = q
+    square = np.zeros((*matrices.shape[:-2], matrices.shape[-1], matrices.shape[-1]))
+    square[..., : r.shape[-2], :] = r
+    return basis, square
+
+
+def basis_within(r: Array, inputs: int) -> Array:
+    """The basis of `input_basis` in terms of that of `column_basis`: ``P`` with ``U^T = P Q^T``, for one R; float64.
+
+    Args:
+        r: R of one matrix.
+        inputs: How many inputs lora_a has.
+    """
+    left, singular, _ = np.linalg.svd(r)
+    return np.asarray((left * (singular > _negligible(singular, inputs, r.shape[-1]))).T)
+
+
 def input_basis(a: Array, batch_dims: int) -> Array:
     """An orthonormal basis of lora_a's columns, one per index of the batch dims.
 
@@ -52,10 +86,14 @@ def input_basis(a: Array, batch_dims: int) -> Array:
     """
     matrices = a.reshape(*a.shape[:batch_dims], -1, a.shape[-1]).astype(np.float64)
     left, singular, _ = np.linalg.svd(matrices, full_matrices=False)
-    tolerance = singular[..., :1] * max(matrices.shape[-2:]) * np.finfo(np.float32).eps
     basis = np.zeros(matrices.shape, np.float32)
-    basis[..., : left.shape[-1]] = left * (singular > tolerance)[..., None, :]
+    basis[..., : left.shape[-1]] = left * (singular > _negligible(singular, *matrices.shape[-2:]))[..., None, :]
     return basis.reshape(a.shape)
+
+
+def _negligible(singular: Array, inputs: int, rank: int) -> Array:
+    """What a singular value must exceed to count as more than float32's rounding of the others."""
+    return np.asarray(singular[..., :1] * max(inputs, rank) * np.finfo(np.float32).eps)
 
 
 def delta_singular_values(equation: Equation, a: Array, b: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -224,7 +225,9 @@ def merge(
         execution = Execution(plan, inputs, device, sink.encodings, request.jobs, listener)
         execution.check()
         _refuse_repeat(checkpoint, plan, execution.factors.digests)
-        sink.write([step.output for step in plan.steps], execution.leaves(), plan.constants)
+        # Closed on any error: what reads ahead must not outlive the merge.
+        with contextlib.closing(execution.leaves()) as leaves:
+            sink.write([step.output for step in plan.steps], leaves, plan.constants)
         if not place.is_file:
             copy_companions(checkpoint, plan, stage)
         report = dataclasses.replace(

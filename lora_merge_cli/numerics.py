@@ -49,7 +49,7 @@ class Block:
     right: Any
     """The columns' part of the delta, (B, rank, N), float32."""
     basis: Any
-    """An orthonormal basis of lora_a's columns: (B * M, rank), or (B, N, rank) if outputs first; float32."""
+    """Q, an orthonormal basis of lora_a's columns: (B * M, rank), or (B, N, rank) if outputs first; float32."""
     gain: Any
     """What `kernel` or `base` is multiplied by besides 1, per output: (B, N), or (B * M) if outputs first; float32. None for 0."""
     unit: Any
@@ -68,9 +68,9 @@ class RealisedSums:
     unchanged: Any
     """Per row."""
     projected: Any
-    """``U^T q``, (B, rank, N); transposed, (B * M, rank), if the kernel is outputs first."""
+    """``Q^T q``, (B, rank, N); transposed, (B * M, rank), if the kernel is outputs first."""
     q_dot_d: Any
-    """Per row where there is a gain. Without one, ``d`` lies in U's span and `projected` says it."""
+    """Per row where there is a gain. Without one, ``d`` lies in Q's span and `projected` says it."""
 
 
 @_pytree
@@ -89,7 +89,7 @@ class FusedBlock:
     delta_sq: Any
     """Per row in squared units, where there is a gain. Without one the factors say it."""
     projected_delta: Any
-    """``U^T d``, as `RealisedSums.projected`, where there is a gain."""
+    """``Q^T d``, as `RealisedSums.projected`, where there is a gain."""
 
 
 def fuse_block(

@@ -30,6 +30,7 @@ from lora_merge_cli.records import (
     Replacement,
     Survey,
     TensorSpec,
+    even_part,
     first_names,
     slab,
 )
@@ -321,9 +322,12 @@ def _block(change: LeafChange) -> tuple[int, ...]:
 
 def _chunk(output: TensorSpec) -> tuple[int, ...]:
     """A layer where layers are stacked, so that readers may take one at a time; else what is small enough to hold several of."""
-    if len(output.shape) > 2:
-        return (1, *(max(1, extent) for extent in output.shape[1:]))
-    return slab(output.shape, _CHUNK_BYTES // output.dtype.itemsize)
+    if not output.shape:
+        return ()
+    first, *rest = output.shape
+    row = math.prod(rest) * output.dtype.itemsize
+    rows = 1 if len(rest) > 1 else even_part(first, max(1, _CHUNK_BYTES // max(row, 1)))
+    return (rows, *(max(1, extent) for extent in rest))
 
 
 def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge_cli.dialects.interface import ScaleOptions
+from lora_merge_cli.formats.zarr_array import ZarrArray
+from lora_merge_cli.formats.zarr_encoding import chunks_of
 from lora_merge_cli.inputs import open_inputs
 from lora_merge_cli.options import MergeOptions
-from lora_merge_cli.plan import plan_merge
-from lora_merge_cli.records import full_region, glob_matches, grid, region_shape
+from lora_merge_cli.plan import _chunk, plan_merge
+from lora_merge_cli.records import TensorSpec, full_region, glob_matches, grid, region_shape
 from tests.checkpoints import restore_flat, save_step
 from tests.command import run
 from tests.test_openpi_merge import ALPHAS
@@ -48,6 +50,18 @@ def test_blocks_and_chunks_are_runs_of_entries(tmp_path: Path) -> None:
             flat = np.arange(s.output.size).reshape(s.output.shape)
             order = [flat[region].ravel() for region in grid(full_region(s.output.shape), extents)]
             assert np.concatenate(order).tolist() == list(range(s.output.size))
+
+
+@pytest.mark.parametrize("shape", [(2, 33554467), (7, 5), (33554467,), (3, 33554467, 2), ()])
+def test_no_chunk_is_cut_inside_a_row(shape: tuple[int, ...]) -> None:
+    chunk = _chunk(TensorSpec(("w",), shape, np.dtype(np.float32)))
+    assert chunk[1:] == shape[1:] and all(1 <= part <= n for part, n in zip(chunk, shape, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "chunks"), [((2, 17), (1, 9)), ((9, 2, 5), (2, 1, 5)), ((3, 5, 1), (1, 2, 1))])
+def test_chunks_that_are_no_runs_are_not_written(shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="no runs"):
+        list(chunks_of(ZarrArray(shape, chunks, np.dtype(np.float32), "raw"), iter(())))
 
 
 def test_the_number_of_jobs_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

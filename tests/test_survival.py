@@ -209,6 +209,26 @@ def test_singular_values_come_from_the_factors(equation: str) -> None:
         assert values[:count] == pytest.approx(full[:count], abs=1e-9 * full[0])
 
 
+def test_a_small_factor_beside_a_large_one_counts_in_full() -> None:
+    """Two adapters on one kernel, the second with its size in lora_b: its direction is below any tolerance of lora_a's columns."""
+    rng = np.random.default_rng(0)
+    n, w = 300, (rng.standard_normal((300, 40)) * 0.02).astype(SERVING)
+    a = rng.standard_normal((n, 4)).astype(np.float32) * np.float32([1e-2, 1e-2, 1e-8, 1e-8])
+    b = rng.standard_normal((4, 40)).astype(np.float32) * np.float32([[1e-2], [1e-2], [1e4], [1e4]])
+    EQUATIONS["ir,ro->io"], kept = {"i": n, "r": 4, "o": 40}, EQUATIONS["ir,ro->io"]
+    try:
+        result, layers = compute("ir,ro->io", a, b, w, "bfloat16", scale=1.0)
+    finally:
+        EQUATIONS["ir,ro->io"] = kept
+    d = a.astype(np.float64) @ b.astype(np.float64)
+    q = result.astype(np.float64) - w.astype(np.float64)
+    total = Moments.total(layers)
+    assert total.delta_sq == pytest.approx(np.square(d).sum(), rel=1e-5)
+    survival = total.survival("bfloat16")
+    assert survival.gain == pytest.approx((q * d).sum() / np.square(d).sum(), rel=1e-4)
+    assert survival.relative_error == pytest.approx(np.linalg.norm(q - d) / np.linalg.norm(d), rel=1e-4)
+
+
 def test_unfinished_updates_are_noticed() -> None:
     a, b, w = make("ir,ro->io", 0, 0.1)
     site = site_for("ir,ro->io", 3, 1.0)

@@ -156,6 +156,8 @@ class FileWriter:
             raise
         finally:
             self._behind.shutdown()
+            # Whoever keeps the closed file need not keep its buffers.
+            self._free, self._staging = SimpleQueue(), None
 
     def _close_descriptors(self) -> None:
         try:

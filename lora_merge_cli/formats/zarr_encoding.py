@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -32,9 +33,17 @@ def chunks_of(array: ZarrArray, pieces: Iterable[memoryview]) -> Iterator[tuple[
     """The name and the stored bytes of each chunk, to be taken in turn.
 
     Args:
-        array: The array. Its chunks are runs of entries: ones, a part of one axis, whole axes.
+        array: The array. Its chunks are runs of entries: ones, a part of one axis (that divides it unless it is the first), whole
+            axes.
         pieces: The bytes of its entries from the first to the last. The last chunk is filled up with zeros.
+
+    Raises:
+        ValueError: Its chunks are no runs of entries: bytes would land in the wrong one.
     """
+    cut = max((axis for axis, n in enumerate(array.shape) if array.chunks[axis] < n), default=0)
+    uneven = cut and math.prod(array.shape[:cut]) > 1 and array.shape[cut] % array.chunks[cut]
+    if uneven or any(chunk > 1 for chunk in array.chunks[:cut]):
+        raise ValueError(f"chunks of {array.chunks} are no runs of the entries of {array.shape}")
     stream = _Stream(pieces)
     for name in array.names():
         plain = stream.take(array.chunk_bytes)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
-from lora_merge_cli.lowrank import input_basis
+from lora_merge_cli.lowrank import basis_within, column_basis
 from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.interface import Contribution
 from lora_merge_cli.records import Array, Region
@@ -58,7 +58,7 @@ class KernelUpdate:
         gains = [part.gain for part in contributions if part.gain is not None]
         gain = sum(gains[1:], gains[0]).astype(FLOAT32) if gains else None
         self._unit = _delta_unit(a, b, gain)
-        self._operands = _Operands(self._cut, a, b, input_basis(a, batch), gain)
+        self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain)
         self._moments = Moments()
         self._projections: dict[int, _Projection] = {}
 
@@ -150,7 +150,7 @@ class KernelUpdate:
         )
 
     def _project(self, first: int, rows: int, fused: FusedBlock) -> None:
-        """Add ``U^T q`` of a block; compare it with ``U^T d`` for each matrix all of whose rows are in."""
+        """Add ``Q^T q`` of a block; compare it with ``Q^T d`` for each matrix all of whose rows are in."""
         shape = self._cut
         projected = {name: sums.projected for name, sums in fused.realised.items()}
         if fused.projected_delta is not None:
@@ -173,18 +173,19 @@ class KernelUpdate:
         has_gain = ideal is not None
         if ideal is None:
             ideal = self._operands.projected_delta(matrix)
-        ideal_sq = float(np.sum(np.square(ideal)))
-        if not has_gain:
-            # Without a gain d lies in U's span, so that nothing of it is lost in the projection.
-            self._moments.delta_sq += ideal_sq
+            # Without a gain d lies in Q's span, so that nothing of it is lost in the projection.
+            self._moments.delta_sq += float(np.sum(np.square(ideal)))
+        within = self._operands.basis_within(matrix)
+        along = within @ ideal
+        along_sq = float(np.sum(np.square(along)))
         for name, values in projected.items():
-            q_dot_d = float(np.sum(values * ideal))
+            realised = within @ values
             self._moments.realised[name].add(
                 Realised(
-                    q_dot_d=0.0 if has_gain else q_dot_d,
-                    inputs_q_dot_d=q_dot_d,
-                    inputs_d_sq=ideal_sq,
-                    inputs_error_sq=float(np.sum(np.square(values - ideal))),
+                    q_dot_d=0.0 if has_gain else float(np.sum(values * ideal)),
+                    inputs_q_dot_d=float(np.sum(realised * along)),
+                    inputs_d_sq=along_sq,
+                    inputs_error_sq=float(np.sum(np.square(realised - along))),
                 )
             )
 
@@ -208,7 +209,7 @@ class _Projection:
 class _Operands:
     """The contributions to a kernel as its blocks take them, see `numerics.Block`."""
 
-    def __init__(self, shape: Cut, a: Array, b: Array, basis: Array, gain: Array | None) -> None:
+    def __init__(self, shape: Cut, a: Array, b: Array, basis: Array, r: Array, gain: Array | None) -> None:
         self._shape = shape
         rank = a.shape[-1]
         inputs = shape.columns if shape.outputs_first else shape.rows
@@ -220,7 +221,8 @@ class _Operands:
         self._right = np.ascontiguousarray(right)
         self._basis = basis if shape.outputs_first else basis.reshape(-1, rank)
         self._gain = None if gain is None else gain.reshape(-1 if shape.outputs_first else (shape.matrices, outputs))
-        self._a, self._b, self._matrix_basis = a, b, basis
+        self._inputs = inputs
+        self._b, self._r = b, r.reshape(shape.matrices, rank, rank)
 
     def of(self, first: int, rows: int) -> tuple[Array, Array, Array, Array | None]:
         """`left`, `right`, `basis` and `gain` of a block, by its first row and its number of rows."""
@@ -246,9 +248,12 @@ class _Operands:
         return padded(self._left), stacked(self._right), padded(self._basis), None if gain is None else stacked(gain)
 
     def projected_delta(self, matrix: int) -> Array:
-        """``U^T d = (U^T A) B`` of one matrix without forming ``d``; rank by outputs, float64."""
-        a, b, basis = (values[matrix].astype(np.float64) for values in (self._a, self._b, self._matrix_basis))
-        return np.asarray((basis.T @ a) @ b)
+        """``Q^T d = R B`` of one matrix without forming ``d``; rank by outputs, float64."""
+        return np.asarray(self._r[matrix] @ self._b[matrix].astype(np.float64))
+
+    def basis_within(self, matrix: int) -> Array:
+        """See `lowrank.basis_within`."""
+        return basis_within(self._r[matrix], self._inputs)
 
 
 class OutputNorms:
@@ -265,7 +270,7 @@ class OutputNorms:
     def __init__(self, equation: Equation, shape: Sequence[int], a: Array, b: Array, device: Any) -> None:
         self._cut = cut(equation, shape)
         self._device = device
-        self._operands = _Operands(self._cut, a, b, a, None)
+        self._operands = _Operands(self._cut, a, b, *column_basis(a, len(equation.batch)), None)
         extents = dict(zip(equation.target, shape, strict=True))
         self._shape = tuple(extents[dim] for dim in equation.batch + equation.outputs)
         self._squares = np.zeros(math.prod(self._shape))
