@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_merge_cli._cli.boundary import boundary
 from lora_merge_cli.errors import OutputExists
 from lora_merge_cli.staging import staged
 from tests.checkpoints import save_step
@@ -215,3 +216,15 @@ def test_ctrl_c_while_arrays_are_read_is_not_swallowed(tmp_path: Path) -> None:
         assert "Traceback" not in errors
         assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     assert delay > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_finaliser_is_heard_a_little_later(number: int) -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as caught, boundary(verbose=False):
+        Finalised()
+        time.sleep(5)
+    assert caught.value.code == (130 if number == signal.SIGINT else 143)

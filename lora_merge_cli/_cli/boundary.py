@@ -16,6 +16,9 @@ _SIGINT_CODE = 130
 INTERRUPTED = (_SIGINT_CODE, Terminated.exit_code)
 """The exit codes of a run that Ctrl-C or SIGTERM ended."""
 _OUT_OF_RESOURCES = 6
+_UNHEARD = {"__del__", "_xla_gc_callback"}
+"""Functions that Python ignores the errors of: finalisers, and JAX's callback of the garbage collector."""
+_A_LITTLE = 0.01
 
 
 @contextlib.contextmanager
@@ -26,7 +29,8 @@ def boundary(*, verbose: bool) -> Iterator[None]:
     """
     # Only the main thread may set a handler; an embedder's thread keeps its own.
     in_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, _on_sigterm) if in_main else None
+    handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if in_main else ()
+    previous = {number: signal.signal(number, _on_signal) for number in handlers}
     try:
         yield
     except BrokenPipeError:
@@ -41,8 +45,8 @@ def boundary(*, verbose: bool) -> Iterator[None]:
         print(f"error: {known[0]}", file=sys.stderr)
         sys.exit(known[1])
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _message_and_code(error: BaseException) -> tuple[str, int] | None:
@@ -68,5 +72,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+class _PutOff:
+    """The signal that could not be acted on at once."""
+
+    number = signal.SIGINT
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """End the run; a little later where nobody would hear of it."""
+    if number != signal.SIGALRM:
+        _PutOff.number = signal.Signals(number)
+    if any(caller.f_code.co_name in _UNHEARD for caller in _callers(frame)):
+        signal.setitimer(signal.ITIMER_REAL, _A_LITTLE)
+    elif _PutOff.number == signal.SIGTERM:
+        raise Terminated
+    else:
+        raise KeyboardInterrupt
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
