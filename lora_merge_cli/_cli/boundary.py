@@ -30,7 +30,9 @@ def boundary(*, verbose: bool) -> Iterator[None]:
     # Only the main thread may set a handler; an embedder's thread keeps its own.
     in_main = threading.current_thread() is threading.main_thread()
     handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM) if in_main else ()
-    previous = {number: signal.signal(number, _on_signal) for number in handlers}
+    # A shell starts a job in the background with Ctrl-C ignored: so it stays.
+    heard = [number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _on_signal) for number in heard}
     try:
         yield
     except BrokenPipeError:
