@@ -199,9 +199,9 @@ def beside_peft(directory: Path) -> Subject:
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {
-    "a trainer's chunks": functools.partial(in_openpi, chunk_bytes=None, most_growth=215 * MIB, dtype="keep"),
+    "a trainer's chunks": functools.partial(in_openpi, chunk_bytes=None, most_growth=256 * MIB, dtype="keep"),
     "a layer per chunk": functools.partial(
-        in_openpi, chunk_bytes=2 * WIDTH * HIDDEN * 2, most_growth=310 * MIB, dtype="auto"
+        in_openpi, chunk_bytes=2 * WIDTH * HIDDEN * 2, most_growth=384 * MIB, dtype="auto"
     ),
     "safetensors": beside_peft,
 }
