@@ -24,8 +24,10 @@ def _pi0(folder: str, *flags: str) -> Input:
 
 _FULL = _pi0("pi0_lora")
 _FULL_LAYERS = _pi0("pi0_lora_layers", "--layer-chunks")
+_FULL_BASE = _pi0("pi0_base", "--base")
 _FULL_EXPERT = _pi0("pi0_lora_expert", "--expert-only")
 _SMALL = _pi0("small_pi0_lora", *_SMALLER)
+_SMALL_BASE = _pi0("small_pi0_base", *_SMALLER, "--base")
 _BIG_LLAMA = Input(DATA / "llama", _LLAMA)
 _SMALL_LLAMA = Input(
     DATA / "small_llama", _LLAMA, ("--layers", "8", "--hidden", "1024", "--inner", "2816", "--shard-bytes", "100000000")
@@ -52,6 +54,15 @@ def _with_proofs(case: str, given: Input, *flags: str) -> tuple[Row, ...]:
         commands.verify(merged, given.path),
         commands.verify(merged, given.path, *_SAMPLED),
         commands.diff(merged, copied),
+    )
+
+
+def _sweep(case: str, given: Input, base: Input) -> tuple[Row, ...]:
+    swept, single = outputs(case) / "swept", outputs(case) / "single"
+    return (
+        commands.interpolate(base.path, given.path, single, "one alpha", "--alpha", "0.5", "--dtype", "keep"),
+        commands.copy(single, outputs(case) / "copy"),
+        commands.interpolate(base.path, given.path, swept, "five alphas", "--alpha", "0:1:0.25", "--dtype", "keep"),
     )
 
 
@@ -178,6 +189,19 @@ CASES = (
         Target("merge", "peak", 1.0),
     ),
     Case(
+        "sweep",
+        "full",
+        "Interpolation between full-size pi0 and its LoRA fine-tune, `--dtype keep`",
+        3,
+        partial(_sweep, "sweep", _FULL, _FULL_BASE),
+        (_FULL, _FULL_BASE),
+        "cp -r",
+        (
+            Target("five alphas", "wall", 0, 2.5, "one alpha"),
+            Target("five alphas", "peak", 0.5, 1, "one alpha"),
+        ),
+    ),
+    Case(
         "llama",
         "full",
         "Llama-shaped, 1.1 B parameters, bfloat16 in 3 shards, rank 16 on every linear layer",
@@ -201,6 +225,15 @@ CASES = (
         3,
         partial(_with_proofs, "small-keep", _SMALL, "--dtype", "keep"),
         (_SMALL,),
+        "cp -r",
+    ),
+    Case(
+        "small-sweep",
+        "small",
+        "Interpolation between a small pi0 and its LoRA fine-tune, `--dtype keep`",
+        2,
+        partial(_sweep, "small-sweep", _SMALL, _SMALL_BASE),
+        (_SMALL, _SMALL_BASE),
         "cp -r",
     ),
     Case(

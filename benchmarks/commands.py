@@ -46,6 +46,12 @@ def merge(checkpoint: Path, output: Path, *flags: str, adapter: Path | None = No
     return Row("merge", command, _present(checkpoint, adapter), output)
 
 
+def interpolate(base: Path, tuned: Path, output: Path, name: str, *flags: str) -> Row:
+    """An interpolation between a base and its fine-tune, at the alphas that the flags say."""
+    command = (*TOOL, "interpolate", str(base), str(tuned), "-o", str(output), *flags, "-q")
+    return Row(name, command, (base, tuned), output)
+
+
 def copy(source: Path, output: Path, name: str = "cp -r") -> Row:
     """The yardstick: a plain copy that shares no blocks of the disk with its source."""
     return Row(name, ("cp", "-r", "--reflink=never", str(source), str(output)), (source,), output)

@@ -3,7 +3,7 @@
 Chunked as a trainer chunks, a leaf in one Zstandard-compressed zarr chunk, or in two where it exceeds 2 GiB; or a layer per chunk.
 TensorStore writes it, which the trainer's Orbax does too.
 
-    python benchmarks/make_pi0.py OUT [--layer-chunks] [--expert-only] [--divide N] [--layers N]
+    python benchmarks/make_pi0.py OUT [--layer-chunks] [--expert-only] [--base] [--divide N] [--layers N]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import tensorstore as ts
 from values import Normals
 
@@ -31,6 +32,8 @@ LAYERS = 18
 MOST_CHUNK_BYTES = 2**31
 FILE_BYTES = 2**31
 ADAPTER_STD, KERNEL_STD = 0.005, 0.02
+BEFORE_TRAINING = 0.9
+"""What a base has of the values that the fine-tune trained in full."""
 
 
 def specs(*, divide: int, layers: int, expert_only: bool) -> Iterator[TensorSpec]:
@@ -61,8 +64,15 @@ def chunks(spec: TensorSpec, *, layer_chunks: bool) -> tuple[int, ...]:
     return tuple(extents)
 
 
-def write_leaf(item: Path, spec: TensorSpec, extents: tuple[int, ...], normals: Normals) -> None:
-    """Store a leaf's metadata and chunks."""
+def write_leaf(item: Path, spec: TensorSpec, extents: tuple[int, ...], normals: Normals, *, base: bool = False) -> None:
+    """Store a leaf's metadata and chunks; of a base, those of what was trained in full are others."""
+    adapter, trained = "lora" in spec.name, spec.dtype == np.float32
+    std = ADAPTER_STD if adapter else KERNEL_STD
+    if base and adapter:
+        # Drawn all the same, so that the leaves behind are those of the fine-tune.
+        for region in grid(full_region(spec.shape), extents):
+            normals.values(region_shape(region), spec.dtype, std)
+        return
     _, document = metadata_of(ZarrArray(spec.shape, extents, spec.dtype, "zstd"), 2)
     store = ts.open(
         {
@@ -77,9 +87,9 @@ def write_leaf(item: Path, spec: TensorSpec, extents: tuple[int, ...], normals: 
             "create": True,
         }
     ).result()
-    std = ADAPTER_STD if "lora" in spec.name else KERNEL_STD
     for region in grid(full_region(spec.shape), extents):
-        store[region].write(normals.values(region_shape(region), spec.dtype, std)).result()
+        values = normals.values(region_shape(region), spec.dtype, std)
+        store[region].write(values * np.float32(BEFORE_TRAINING) if base and trained else values).result()
 
 
 def main() -> None:
@@ -87,6 +97,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, metavar="OUT", help="the step directory, whose name is a number")
     parser.add_argument("--layer-chunks", action="store_true", help="a layer per chunk")
     parser.add_argument("--expert-only", action="store_true", help="adapters on the action expert alone")
+    parser.add_argument("--base", action="store_true", help="what the fine-tune of the same flags started from")
     parser.add_argument("--divide", type=int, default=1, help="divide the widths")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the language model and the action expert")
     options = parser.parse_args()
@@ -97,8 +108,9 @@ def main() -> None:
     normals = Normals()
     leaves = list(specs(divide=options.divide, layers=options.layers, expert_only=options.expert_only))
     for spec in leaves:
-        write_leaf(item, spec, chunks(spec, layer_chunks=options.layer_chunks), normals)
-    write_tree(item, leaves, (), 2)
+        write_leaf(item, spec, chunks(spec, layer_chunks=options.layer_chunks), normals, base=options.base)
+    kept = [spec for spec in leaves if not (options.base and "lora" in spec.name)]
+    write_tree(item, kept, (), 2)
     write_step(directory, "params", started_ns)
     stats = directory / "assets" / "trossen" / "norm_stats.json"
     stats.parent.mkdir(parents=True)

@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from lora_merge_cli.inspection import Inspection as Inspection
     from lora_merge_cli.inspection import InspectRequest as InspectRequest
     from lora_merge_cli.inspection import inspect as inspect
-    from lora_merge_cli.merging import MergeRequest as MergeRequest
+    from lora_merge_cli.interpolating import InterpolateRequest as InterpolateRequest
+    from lora_merge_cli.interpolating import interpolate as interpolate
+    from lora_merge_cli.interpolating import prepare_interpolation as prepare_interpolation
     from lora_merge_cli.merging import merge as merge
     from lora_merge_cli.merging import prepare as prepare
+    from lora_merge_cli.mixing import Mixing as Mixing
+    from lora_merge_cli.mixing import Override as Override
+    from lora_merge_cli.mixing import Schedule as Schedule
     from lora_merge_cli.options import MergeOptions as MergeOptions
+    from lora_merge_cli.prepared import MergeRequest as MergeRequest
     from lora_merge_cli.report import DiffReport as DiffReport
+    from lora_merge_cli.report import InterpolateReport as InterpolateReport
     from lora_merge_cli.report import MergeReport as MergeReport
+    from lora_merge_cli.report import SweepReport as SweepReport
     from lora_merge_cli.report import VerifyReport as VerifyReport
     from lora_merge_cli.verification import Judging as Judging
     from lora_merge_cli.verification import VerifyRequest as VerifyRequest
@@ -37,19 +45,27 @@ _HOMES = {
     "DiffRequest": "diffing",
     "InspectRequest": "inspection",
     "Inspection": "inspection",
+    "InterpolateReport": "report",
+    "InterpolateRequest": "interpolating",
     "Judging": "verification",
     "LoraMergeError": "errors",
     "MergeOptions": "options",
     "MergeReport": "report",
-    "MergeRequest": "merging",
+    "MergeRequest": "prepared",
+    "Mixing": "mixing",
+    "Override": "mixing",
     "ScaleOptions": "dialects.interface",
+    "Schedule": "mixing",
+    "SweepReport": "report",
     "VerifyReport": "report",
     "VerifyRequest": "verification",
     "diff": "diffing",
     "inspect": "inspection",
+    "interpolate": "interpolating",
     "merge": "merging",
     "open_checkpoint": "formats",
     "prepare": "merging",
+    "prepare_interpolation": "interpolating",
     "verify": "verification",
 }
 

@@ -25,7 +25,8 @@ class LeafChange:
     """One leaf of the output.
 
     With W the checkpoint's values, each adapter k makes of them ``W_k``: its replacement instead of W, in whole or in rows, then
-    its own sites. The result is ``W + sum over k of weight_k * (W_k - W)``.
+    its own sites. The result is ``W + sum over k of weight_k * (W_k - W)``. An interpolation goes a part ``alpha`` of the way to
+    that result from W, or from the base's leaf.
     """
 
     path: KeyPath
@@ -38,6 +39,19 @@ class LeafChange:
     """What adapters bring instead of its values, each with its whole weight."""
     brought: TensorSpec | None = None
     """The adapter's leaf that replaces it whole."""
+    anchor: TensorSpec | None = None
+    """Of an interpolation, where that is not what the deltas are added to: the leaf of `Inputs.anchor` that alpha 0 stands for."""
+    alphas: tuple[float, ...] = (1.0,)
+    """How much of the change to take: one for all of it, or one per stacked layer."""
+    decided: bool = False
+    """Whether ``--only-common``, or having no base, says which side it is of: it is not interpolated."""
+    asked: bool = False
+    """Whether ``--dtype`` is for it though no adapter changes it: without adapters it is for all that is interpolated."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether an alpha has a say."""
+        return not self.decided and bool(self.sites or self.anchor is not None)
 
     @property
     def changes(self) -> bool:
@@ -55,7 +69,9 @@ class LeafChange:
         whole = self.whole
         if whole is not None and self.brought is not None and (self.before is None or whole.weight == 1):
             return TensorSpec(self.path, self.brought.shape, self.brought.dtype)
-        assert self.before is not None, "a leaf comes from the checkpoint or from an adapter"
+        if self.before is None and self.anchor is not None:
+            return TensorSpec(self.path, self.anchor.shape, self.anchor.dtype, self.anchor.kind)
+        assert self.before is not None, "a leaf comes from the checkpoint, from an adapter or from the base"
         dtype = self.before.dtype
         if self.replacements and is_float(dtype) and dtype.itemsize < FLOAT32.itemsize:
             dtype = FLOAT32
@@ -134,7 +150,7 @@ def output_dtype(change: LeafChange, options: MergeOptions, dialect: Dialect) ->
     stored = change.before.dtype if change.before is not None else change.start.dtype
     if not is_float(stored) or change.start.kind != "array":
         return stored
-    if not change.changes:
+    if not (change.changes or change.asked):
         return cast_dtype(options.dtype_untouched, stored, stored)
     auto = dialect.fused_dtype(stored) if change.sites else stored
     return cast_dtype(options.dtype, stored, auto)

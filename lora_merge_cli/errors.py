@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_merge_cli.report import MergeReport
+    from lora_merge_cli.report import InterpolateReport, MergeReport, SweepReport
 
 _REASON_LENGTH = 300
 
@@ -132,11 +132,19 @@ class UnsupportedCheckpoint(Refused):
 
 
 class VerificationFailed(LoraMergeError):
-    """A merge was verified before it was published, and a check failed: nothing appeared at the output."""
+    """A result was verified before it was published, and a check failed: nothing appeared at the output."""
 
     exit_code = 1
-    report: MergeReport
-    """The merge's report with all checks."""
+    report: MergeReport | InterpolateReport
+    """The report with all checks."""
+
+
+class SomeFailed(LoraMergeError):
+    """Of several outputs some could not be made; the others are there."""
+
+    exit_code = 7
+    report: SweepReport
+    """What became of each."""
 
 
 class OutputExists(LoraMergeError):

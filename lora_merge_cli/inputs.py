@@ -73,6 +73,11 @@ class Inputs:
         return (self.checkpoint if adapter is None else self.adapters[adapter].checkpoint).source
 
     @property
+    def anchor(self) -> Source:
+        """What an interpolation starts from: the base, or the checkpoint that adapters lie beside."""
+        return (self.checkpoint if self.base is None else self.base).source
+
+    @property
     def opened(self) -> tuple[tuple[str, Checkpoint], ...]:
         """Every input with its role."""
         found = [("checkpoint", self.checkpoint)]

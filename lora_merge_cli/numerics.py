@@ -1,17 +1,11 @@
-"""The float32 kernels, jitted: what runs on the device.
-
-A block is a run of rows that one call computes, tile by tile: a tile fits a cache, a call is worth its overhead. Storage dtypes
-narrower than float32 travel as integers of their width: XLA's CPU backend has no arithmetic in them, and would convert a whole
-block to float32 and back for each tile that is cut out of it or put into it.
-"""
+"""The float32 kernels of a fusion, jitted: what runs on the device, tile by tile."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +13,12 @@ import numpy as np
 
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.records import Array
+from lora_merge_cli.tiles import Tile, TileResult, as_bits, narrowed, over_tiles, pytree, rounded, widened
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-T = TypeVar("T")
 
-
-def _pytree(cls: type[T]) -> type[T]:
-    """Let JAX take a dataclass of arrays as an argument and a result."""
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return jax.tree_util.register_dataclass(cls, names, [])
-
-
-@_pytree
+@pytree
 @dataclass(frozen=True)
 class Block:
     """What one call computes from: B matrices of M rows by N columns each, in tiles of some rows, B * M being whole tiles.
@@ -58,7 +45,7 @@ class Block:
     """How many tiles to compute. Rows behind them come back as zeros."""
 
 
-@_pytree
+@pytree
 @dataclass(frozen=True)
 class RealisedSums:
     """Sums of one block for one dtype, in squared units; see `survival.Realised`."""
@@ -73,7 +60,7 @@ class RealisedSums:
     """Per row where there is a gain. Without one, ``d`` lies in Q's span and `projected` says it."""
 
 
-@_pytree
+@pytree
 @dataclass(frozen=True)
 class FusedBlock:
     """A fused block and its sums, as NumPy arrays."""
@@ -106,7 +93,8 @@ def fuse_block(
         device: The JAX device to compute on.
     """
     sources = tuple(None if values is None else values.dtype.name for values in (block.kernel, block.base))
-    carried = dataclasses.replace(block, kernel=_as_bits(block.kernel), base=_as_bits(block.base))
+    base = None if block.base is None else as_bits(block.base)
+    carried = dataclasses.replace(block, kernel=as_bits(block.kernel), base=base)
     fused = _fuse(tile_rows, outputs_first, sources, dtype, serving_dtype, jax.device_put(carried, device))
     found: FusedBlock = jax.device_get(fused)
     return dataclasses.replace(found, values=found.values.view(dtype_named(dtype)))
@@ -122,8 +110,8 @@ def _fuse(
     block: Block,
 ) -> FusedBlock:
     def fuse(tile: Tile) -> TileResult:
-        kernel = _widened(tile.rows(block.kernel), sources[0])
-        changed = kernel if sources[1] is None else _widened(tile.rows(block.base), sources[1])
+        kernel = widened(tile.rows(block.kernel), sources[0])
+        changed = kernel if sources[1] is None else widened(tile.rows(block.base), sources[1])
         delta = jnp.dot(tile.rows(block.left), tile.matrix(block.right), precision=_HIGHEST)
         if block.gain is None:
             result = changed + delta
@@ -137,14 +125,14 @@ def _fuse(
                 return jnp.dot(values, tile.matrix(block.basis), precision=_HIGHEST)
             return jnp.dot(tile.rows(block.basis).T, values, precision=_HIGHEST)
 
-        stored = _rounded(result, dtype)
+        stored = rounded(result, dtype)
         per_unit = 1 / block.unit
-        per_row = {"values": _narrowed(stored, dtype), "kernel_sq": jnp.sum(kernel * kernel, axis=-1)}
+        per_row = {"values": narrowed(stored, dtype), "kernel_sq": jnp.sum(kernel * kernel, axis=-1)}
         projections = {}
         for name in dict.fromkeys((dtype, serving_dtype)):
             # A server casts what is stored, so the stored values are what it rounds once more.
-            served = stored if name == dtype else _rounded(stored, name)
-            q = served - (kernel if sources[0] == name else _rounded(kernel, name))
+            served = stored if name == dtype else rounded(stored, name)
+            q = served - (kernel if sources[0] == name else rounded(kernel, name))
             error = (q - delta) * per_unit
             per_row[f"error_sq {name}"] = jnp.sum(error * error, axis=-1)
             per_row[f"unchanged {name}"] = jnp.sum(q == 0, axis=-1, dtype=jnp.int32)
@@ -160,7 +148,7 @@ def _fuse(
             per_matrix={} if outputs_first else {"projected": projections},
         )
 
-    found = _over_tiles(fuse, tile_rows, block.kernel.shape[0], block.right.shape[0], block.tiles)
+    found = over_tiles(fuse, tile_rows, block.kernel.shape[0], block.right.shape[0], block.tiles)
     rows = found.per_row
     projections = (rows if outputs_first else found.per_matrix)["projected"]
     return FusedBlock(
@@ -197,7 +185,7 @@ def output_squares(
     Returns:
         (B, N), or (B * M) if outputs first.
     """
-    arrays = jax.device_put((_as_bits(kernel), left, right), device)
+    arrays = jax.device_put((as_bits(kernel), left, right), device)
     return np.asarray(_output_squares(tile_rows, outputs_first, kernel.dtype.name, *arrays))
 
 
@@ -205,95 +193,9 @@ def output_squares(
 def _output_squares(tile_rows: int, outputs_first: bool, source: str, kernel: Any, left: Any, right: Any) -> Any:
     def square(tile: Tile) -> TileResult:
         delta = jnp.dot(tile.rows(left), tile.matrix(right), precision=_HIGHEST)
-        squares = jnp.square(_widened(tile.rows(kernel), source) + delta).sum(axis=1 if outputs_first else 0)
+        squares = jnp.square(widened(tile.rows(kernel), source) + delta).sum(axis=1 if outputs_first else 0)
         return TileResult({"squares": squares}, {}, {}) if outputs_first else TileResult({}, {}, {"squares": squares})
 
     rows = kernel.shape[0]
-    found = _over_tiles(square, tile_rows, rows, right.shape[0], rows // tile_rows)
+    found = over_tiles(square, tile_rows, rows, right.shape[0], rows // tile_rows)
     return (found.per_row if outputs_first else found.per_matrix)["squares"]
-
-
-class Tile(NamedTuple):
-    """Where a tile lies in its block."""
-
-    first: Any
-    """Its first row."""
-    height: int
-    """How many rows it has."""
-    index: Any
-    """Which of the block's matrices it is a part of."""
-
-    def rows(self, values: Any) -> Any:
-        """Its part of what has an entry, or a row, per row of the block."""
-        return jax.lax.dynamic_slice_in_dim(values, self.first, self.height)
-
-    def matrix(self, values: Any) -> Any:
-        """Its part of what is given per matrix."""
-        return jax.lax.dynamic_index_in_dim(values, self.index, keepdims=False)
-
-
-class TileResult(NamedTuple):
-    """What is made of a tile, and, stacked or summed, of a block. Trees of arrays."""
-
-    per_row: Any
-    """With a leading axis of rows; of a block those of all its rows."""
-    per_tile: Any
-    """Of a block with a leading axis of tiles."""
-    per_matrix: Any
-    """Added up over the tiles of a matrix; of a block with a leading axis of matrices."""
-
-
-def _over_tiles(compute: Callable[[Tile], TileResult], height: int, rows: int, matrices: int, tiles: Any) -> TileResult:
-    """Compute so many tiles one after the other; a loop of the device's own, so that its length is no part of the program."""
-    count = rows // height
-    per_matrix = max(1, count // matrices)
-    shapes = jax.eval_shape(lambda: compute(Tile(0, height, 0)))
-
-    def zeros(leading: int, like: Any, axes: int) -> Any:
-        return jax.tree.map(lambda one: jnp.zeros((leading, *one.shape[axes:]), one.dtype), like)
-
-    def step(number: Any, seen: TileResult) -> TileResult:
-        first, index = number * height, number // per_matrix
-        found = compute(Tile(first, height, index))
-
-        def stacked(at: Any) -> Callable[[Any, Any], Any]:
-            return lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
-
-        return TileResult(
-            jax.tree.map(stacked(first), seen.per_row, found.per_row),
-            jax.tree.map(lambda whole, part: stacked(number)(whole, part[None]), seen.per_tile, found.per_tile),
-            jax.tree.map(lambda whole, part: whole.at[index].add(part), seen.per_matrix, found.per_matrix),
-        )
-
-    start = TileResult(
-        zeros(rows, shapes.per_row, 1), zeros(count, shapes.per_tile, 0), zeros(matrices, shapes.per_matrix, 0)
-    )
-    result: TileResult = jax.lax.fori_loop(0, tiles, step, start)
-    return result
-
-
-def _as_bits(values: Array | None) -> Array | None:
-    """Values of a narrow dtype as integers of its width."""
-    return values if values is None or values.dtype.itemsize >= 4 else values.view(f"u{values.dtype.itemsize}")
-
-
-def _widened(bits: Any, dtype: str) -> Any:
-    """What `_as_bits` made of values, as float32."""
-    stored = dtype_named(dtype)
-    return (bits if stored.itemsize >= 4 else jax.lax.bitcast_convert_type(bits, stored)).astype(jnp.float32)
-
-
-def _narrowed(values: Any, dtype: str) -> Any:
-    """float32 values that lie on the grid of a dtype, as what `_as_bits` makes of that dtype."""
-    stored = dtype_named(dtype)
-    if stored.itemsize >= 4:
-        return values.astype(stored)
-    return jax.lax.bitcast_convert_type(values.astype(stored), jnp.dtype(f"u{stored.itemsize}"))
-
-
-def _rounded(values: Any, dtype: str) -> Any:
-    """float32 values on the grid of a dtype."""
-    if dtype == "bfloat16":
-        # XLA may drop a cast to bfloat16 and back as excess precision; it never drops this.
-        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
-    return values.astype(dtype_named(dtype)).astype(jnp.float32)

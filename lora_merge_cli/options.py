@@ -1,4 +1,4 @@
-"""What the user asks of a merge, and of its judge."""
+"""What the user asks of a merge or an interpolation, and of their judge."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from lora_merge_cli.dialects import ScaleOptions
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.errors import UsageError
+from lora_merge_cli.mixing import Mixing
 
 DTYPE_CHOICES = ("auto", "keep", "float32", "bfloat16", "float16")
 
@@ -34,6 +35,8 @@ class MergeOptions:
     """Globs of sites not to merge."""
     residual_base: bool = False
     """Whether the base is the residual that an adapter's initialisation left of the model."""
+    mixing: Mixing | None = None
+    """How far to go from the base to the fine-tune; None for all the way, which is a merge."""
 
 
 def cast_dtype(choice: str, stored: np.dtype[Any], auto: np.dtype[Any]) -> np.dtype[Any]:

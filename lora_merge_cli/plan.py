@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_merge_cli.changes import LeafChange, config_changes, leaf_changes, output_dtype
+from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
 from lora_merge_cli.dtypes import is_float, is_float8
 from lora_merge_cli.errors import (
     AlreadyMerged,
     NothingToMerge,
     UnsupportedCheckpoint,
-    WrongBase,
 )
 from lora_merge_cli.inputs import Inputs, survey_inputs, tree_of
+from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.operations import cut
 from lora_merge_cli.options import MergeOptions, check_options
+from lora_merge_cli.outline import Outline, outline
 from lora_merge_cli.records import (
     AdapterSite,
     Constant,
@@ -31,7 +32,6 @@ from lora_merge_cli.records import (
     Survey,
     TensorSpec,
     even_part,
-    first_names,
     slab,
 )
 from lora_merge_cli.selection import Selection, select
@@ -43,9 +43,9 @@ _FACTOR_BYTES_PER_ENTRY = 32  # two factors and a basis in float32, and the floa
 _RUNTIME_BYTES = 400 * 2**20
 
 
-Origin = Literal["copied", "cast", "changed", "replaced", "created"]
-"""Copied bit for bit, cast to another dtype, changed by adapters, replaced by an adapter's own values in whole or in rows, or a
-leaf that the checkpoint does not have."""
+Origin = Literal["copied", "cast", "changed", "replaced", "created", "mixed"]
+"""Copied bit for bit, cast to another dtype, changed by adapters, replaced by an adapter's own values in whole or in rows, a
+leaf that the checkpoint does not have, or interpolated with the base's."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ class Step:
     """What adapters bring instead of its own values, with the weight that they are taken at."""
     base: TensorSpec | None = None
     """The base's leaf: to add the delta to, and to compare with."""
+    anchor: TensorSpec | None = None
+    """Of an interpolation, where it is not that: the leaf of `Inputs.anchor` that alpha 0 stands for."""
+    alphas: tuple[float, ...] = (1.0,)
+    """How much of the change to take: one for all of it, or one per stacked layer."""
+    mixed: bool = False
+    """Whether an alpha has a say in it."""
+
+    def alpha_of(self, layer: int) -> float:
+        """The alpha of one stacked layer."""
+        return self.alphas[layer] if len(self.alphas) > 1 else self.alphas[0]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is interpolated with another leaf, and not by its deltas alone."""
+        return self.mixed and not self.sites
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,10 @@ class MergePlan:
     """An estimate of the largest resident size."""
     output_bytes: int
     """The size of all output arrays before compression."""
+    mixing: Mixing | None = None
+    """Of an interpolation: which alpha goes where."""
+    unmixed: tuple[str, ...] = ()
+    """Of an interpolation: leaves that the fine-tune trained and that are its own at every alpha."""
 
 
 def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
@@ -131,57 +150,64 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
     selection = select(dialect, survey, options.include, options.exclude)
     if survey.problems:
         raise survey.problems[0]
-    if not selection:
-        raise nothing_to_merge(inputs, survey)
+    refuse_nothing(inputs, survey, selection, options)
     refuse_unscaled(inputs, selection.sites)
-    changes = leaf_changes(inputs, survey, selection, options)
-    dropped = [*survey.dropped, *selection.dropped]
+    found = outline(inputs, survey, selection, options)
+    selection = found.selection
     factors = {
         (site.adapter, factor.path): inputs.source(site.adapter).index().tensors[factor.path]
         for site in selection.sites
         for factor in site.factors.values()
     }
-    gone = {path for adapter, path in factors if adapter is None}
-    gone |= {leaf.path for leaf in dropped if leaf.adapter is None}
-    bases = match_base(inputs, selection.sites)
-    steps = tuple(
-        _step(inputs, changes[path] if path in changes else LeafChange(path, spec), options, bases.get(path))
-        for path, spec in {**index.tensors, **dict.fromkeys(changes)}.items()
-        if path not in gone
-    )
+    steps = tuple(_step(inputs, leaf, options, found.bases.get(path)) for path, leaf in found.leaves.items())
+    shared = {later: first for later, first in index.shared.items() if _stays_shared(inputs, found, later, first)}
     return MergePlan(
         dialect=dialect.name,
         model=dialect.summary(tree_of(checkpoint)),
         steps=steps,
         constants=index.constants,
-        shared={later: first for later, first in index.shared.items() if not {later, first} & changes.keys()},
+        shared=shared,
         sites=selection.sites,
-        replacements=tuple(found for change in changes.values() for found in change.replacements),
+        replacements=tuple(each for leaf in found.leaves.values() for each in leaf.replacements),
         created=survey.created,
-        dropped=tuple(dropped),
+        dropped=found.dropped,
         factors=factors,
         equal=survey.equal,
         config=config_changes(inputs, survey, selection),
         multiplier=options.multiplier,
         serving_dtype=dialect.serving_dtype,
-        notes=tuple(_notes(inputs, survey, selection)),
+        notes=(*_notes(inputs, survey, selection, options), *found.notes),
         warnings=survey.warnings,
         peak_bytes=_peak_bytes(steps, factors.values()),
         output_bytes=sum(step.output.nbytes for step in steps),
+        mixing=options.mixing,
+        unmixed=found.unmixed,
     )
 
 
-def _notes(inputs: Inputs, survey: Survey, selection: Selection) -> Iterator[str]:
+def _stays_shared(inputs: Inputs, found: Outline, later: KeyPath, first: KeyPath) -> bool:
+    """Whether two leaves that the checkpoint stores once are alike in the output too."""
+    if not {later, first} <= found.leaves.keys():
+        return False
+    one, other = found.leaves[first], found.leaves[later]
+    if one.changes or other.changes or one.alphas != other.alphas:
+        return False
+    if one.anchor is None or other.anchor is None:
+        return one.anchor is other.anchor
+    return inputs.anchor.index().shared.get(other.anchor.path) == one.anchor.path
+
+
+def _notes(inputs: Inputs, survey: Survey, selection: Selection, options: MergeOptions) -> Iterator[str]:
     for _, opened in inputs.opened:
         yield from opened.notes
     yield from survey.notes
     if selection.excluded:
         total = len(survey.sites) + len(survey.replacements)
         yield (
-            f"{selection.excluded} of {total} adapters are left out by --include and --exclude: "
+            f"{selection.excluded} of {total} adapters are left out by --include, --exclude or --only-common: "
             "the result does not act as the fine-tune did"
         )
-    if inputs.base is not None:
+    if inputs.base is not None and options.mixing is None:
         yield "with --base each delta is added to the base's own values, not to the rounded kernel that the fine-tune ran on"
 
 
@@ -198,7 +224,19 @@ def refuse_unscaled(inputs: Inputs, sites: Sequence[AdapterSite]) -> None:
         raise dialect.unknown_scale(unscaled, str(inputs.source(adapter).path))
 
 
-def nothing_to_merge(inputs: Inputs, survey: Survey) -> NothingToMerge:
+def refuse_nothing(inputs: Inputs, survey: Survey, selection: Selection, options: MergeOptions) -> None:
+    """Refuse to merge, or to interpolate by adapters alone, where no site or replacement is chosen.
+
+    Raises:
+        NothingToMerge: So it is.
+    """
+    mixing = options.mixing
+    by_adapters = mixing is None or (inputs.base is None and (bool(inputs.adapters) or mixing.deltas_only))
+    if by_adapters and not selection:
+        raise _nothing_to_merge(inputs, survey)
+
+
+def _nothing_to_merge(inputs: Inputs, survey: Survey) -> NothingToMerge:
     """The refusal of inputs without chosen sites, and why there are none."""
     checkpoint = inputs.checkpoint
     where = checkpoint.source.path
@@ -221,36 +259,6 @@ def nothing_to_merge(inputs: Inputs, survey: Survey) -> NothingToMerge:
     )
 
 
-def match_base(inputs: Inputs, sites: Sequence[AdapterSite]) -> Mapping[KeyPath, TensorSpec]:
-    """The base's leaf for each leaf that the fine-tune froze.
-
-    Raises:
-        WrongBase: The base does not have them all, in the same shapes.
-    """
-    if inputs.base is None:
-        return {}
-    dialect, index = inputs.dialect, inputs.checkpoint.source.index()
-    available = {dialect.canonical(path): spec for path, spec in inputs.base.source.index().tensors.items()}
-    frozen = [path for path, group in dialect.grouping(index, tuple(sites)).items() if group in ("frozen", "lora")]
-    matched, wrong = {}, []
-    for path in frozen:
-        spec = available.get(dialect.canonical(path))
-        if spec is None or spec.shape != index.tensors[path].shape:
-            found = "missing" if spec is None else f"shape {spec.shape}"
-            wrong.append(f"{index.tensors[path].name} ({found})")
-        else:
-            matched[path] = spec
-    if wrong:
-        raise WrongBase(
-            "the base does not have the leaves that the fine-tune froze",
-            where=inputs.base.source.path,
-            expected=f"{len(frozen)} frozen leaves of {inputs.checkpoint.source.path}",
-            found=f"{len(wrong)} missing or of another shape: {first_names(wrong, 3)}",
-            hint="give the checkpoint that the fine-tune started from",
-        )
-    return matched
-
-
 def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: TensorSpec | None) -> Step:
     start = change.start
     _refuse_unfit_dtypes(inputs, change, options)
@@ -266,6 +274,9 @@ def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: 
         sites=change.sites,
         replacements=change.replacements,
         base=base_spec,
+        anchor=change.anchor,
+        alphas=change.alphas,
+        mixed=change.is_mixed,
     )
 
 
@@ -274,6 +285,8 @@ def _origin(change: LeafChange, dtype: np.dtype[Any]) -> Origin:
         return "created"
     if change.sites:
         return "changed"
+    if change.is_mixed:
+        return "mixed"
     if change.replacements:
         return "replaced"
     return "copied" if dtype == change.start.dtype else "cast"
@@ -295,7 +308,7 @@ def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptio
                     found=leaf.dtype.name,
                     hint="merge into the checkpoint that it was quantised from",
                 )
-    flag = "--dtype" if change.changes else "--dtype-untouched"
+    flag = "--dtype" if change.changes or change.asked else "--dtype-untouched"
     if is_float8(spec.dtype) and output_dtype(change, options, inputs.dialect) != spec.dtype:
         raise UnsupportedCheckpoint(
             "a float8 leaf that would change its dtype",
@@ -317,6 +330,8 @@ def _block(change: LeafChange) -> tuple[int, ...]:
         equation = change.sites[0].parameters.equation
         inner = cut(equation.of_one_layer, start.shape[1:] if equation.stacked else start.shape).block
         return (1, *inner) if equation.stacked else inner
+    if len(change.alphas) > 1:
+        return (1, *slab(start.shape[1:], _BLOCK_BYTES // start.dtype.itemsize))
     return slab(start.shape, _BLOCK_BYTES // start.dtype.itemsize)
 
 
@@ -335,7 +350,9 @@ def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:
     block = max(
         (
             math.prod(step.block) * (step.source.dtype.itemsize + step.output.dtype.itemsize)
-            + (0 if step.base is None else math.prod(step.block) * step.base.dtype.itemsize)
+            + sum(
+                math.prod(step.block) * other.dtype.itemsize for other in (step.base, step.anchor) if other is not None
+            )
             for step in steps
         ),
         default=0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import resource
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,17 +15,22 @@ from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
     DroppedRecord,
     GroupRecord,
     LayerRecord,
     LeafRecord,
+    MixedRecord,
+    MixingRecord,
+    OverrideRecord,
+    PartRecord,
     SiteRecord,
     SourceRecord,
     SurvivalRecord,
 )
-from lora_merge_cli.survival import Moments, finite
+from lora_merge_cli.survival import Moments, Realised, finite
 
 if TYPE_CHECKING:
     from lora_merge_cli.plan import MergePlan, Step
@@ -51,13 +58,14 @@ def source_record(role: str, checkpoint: Checkpoint, weight: float | None = None
     )
 
 
-def site_record(site: AdapterSite, spec: TensorSpec, dtype: str) -> SiteRecord:
+def site_record(site: AdapterSite, spec: TensorSpec, dtype: str, alphas: tuple[float, ...] = (1.0,)) -> SiteRecord:
     """The record of a site before anything is measured.
 
     Args:
         site: The site.
         spec: Its kernel before the merge.
         dtype: The name of the kernel's dtype after it.
+        alphas: How much of the change an interpolation takes, see `LeafChange.alphas`.
     """
     scale = site.parameters.scale
     return SiteRecord(
@@ -76,15 +84,18 @@ def site_record(site: AdapterSite, spec: TensorSpec, dtype: str) -> SiteRecord:
         dtype=dtype,
         adapter=site.adapter,
         weight=site.weight,
+        alphas=alphas,
     )
 
 
 def with_measurements(
     record: SiteRecord, layers: Mapping[int, Moments], serving_dtype: str, spectrum: Sequence[float], digest: str
 ) -> SiteRecord:
-    """The record with what became of the delta, layer by layer and in all."""
+    """The record with what became of the delta, layer by layer and in all; where alpha is 0 there is none to measure."""
     total = Moments.total(layers.values())
     dtypes = tuple(dict.fromkeys((record.dtype, serving_dtype)))
+    if not total.entries:
+        return dataclasses.replace(record, spectrum=tuple(spectrum), adapter_digest=digest)
     return dataclasses.replace(
         record,
         relative_norm=total.relative_norm,
@@ -95,6 +106,7 @@ def with_measurements(
         layers=tuple(
             LayerRecord(number, layer.relative_norm, finite(layer.max_abs), _survival(layer, dtypes))
             for number, layer in layers.items()
+            if layer.entries
         ),
     )
 
@@ -112,6 +124,86 @@ def with_proofs(records: Sequence[SiteRecord], judged: Sequence[SiteRecord]) -> 
         )
         for record, other in zip(records, judged, strict=True)
     )
+
+
+def mixing_record(mixing: Mixing) -> MixingRecord:
+    """The record of an interpolation's rules."""
+    schedule = mixing.schedule
+    return MixingRecord(
+        alpha=mixing.alpha,
+        overrides=tuple(OverrideRecord(found.glob, found.alpha) for found in mixing.overrides),
+        schedule=None if schedule is None else (schedule.first, schedule.last),
+        only_common=mixing.only_common,
+        deltas_only=mixing.deltas_only,
+    )
+
+
+def mixed_records(plan: MergePlan, dialect: Dialect, moments: Mapping[KeyPath, Moments]) -> tuple[MixedRecord, ...]:
+    """The leaves without a site that are interpolated, with what was measured of them."""
+    return tuple(
+        _mixed_record(step, dialect.part(step.output.path), plan.serving_dtype.name, moments.get(step.output.path))
+        for step in plan.steps
+        if step.is_mixture
+    )
+
+
+def _mixed_record(step: Step, part: str, serving_dtype: str, moments: Moments | None) -> MixedRecord:
+    record = MixedRecord(step.output.name, part, step.alphas, step.output.dtype.name, step.output.size)
+    if moments is None:
+        return record
+    dtypes = tuple(dict.fromkeys((record.dtype, serving_dtype)))
+    return dataclasses.replace(record, relative_norm=moments.relative_norm, survival=_survival(moments, dtypes))
+
+
+def part_records(plan: MergePlan, dialect: Dialect, moments: Mapping[KeyPath, Moments]) -> tuple[PartRecord, ...]:
+    """What an interpolation did to each part of the model.
+
+    Args:
+        plan: What was done.
+        dialect: Who knows the parts.
+        moments: Of each leaf that could move; those with figures that are not finite are left out.
+    """
+    parts: dict[str, list[tuple[Step, Moments]]] = {}
+    for step in plan.steps:
+        if step.mixed and step.output.path in moments and moments[step.output.path].is_finite:
+            parts.setdefault(dialect.part(step.output.path), []).append((step, moments[step.output.path]))
+    return tuple(_part_record(part, leaves, plan.serving_dtype.name) for part, leaves in sorted(parts.items()))
+
+
+def _part_record(part: str, leaves: Sequence[tuple[Step, Moments]], serving_dtype: str) -> PartRecord:
+    alphas = [alpha for step, _ in leaves for alpha in step.alphas]
+    wanted_sq = sum(moments.delta_sq for _, moments in leaves)
+    stored = [moments.realised_of(step.output.dtype.name) for step, moments in leaves]
+    served = [moments.realised_of(serving_dtype) for _, moments in leaves]
+    distance_sq = sum(moments.realised_sq(step.output.dtype.name) for step, moments in leaves)
+
+    def gain(sums: Sequence[Realised]) -> float | None:
+        return finite(sum(each.q_dot_d for each in sums) / wanted_sq) if wanted_sq > 0 else None
+
+    return PartRecord(
+        part=part,
+        leaves=len(leaves),
+        parameters=sum(step.output.size for step, _ in leaves),
+        alphas=(min(alphas), max(alphas)),
+        base_norm=math.sqrt(sum(moments.kernel_sq for _, moments in leaves)),
+        wanted=math.sqrt(wanted_sq),
+        distance=math.sqrt(distance_sq),
+        gain_stored=gain(stored),
+        gain_served=gain(served),
+    )
+
+
+def plan_digest(inputs: Inputs, plan: MergePlan, output_format: str) -> str:
+    """A digest of all that decides the output's values: two runs with one digest write the same arrays."""
+    digest = hashlib.sha256(f"{__version__} {output_format} {plan.multiplier!r}".encode())
+    for role, opened in inputs.opened:
+        digest.update(f"{role} {opened.source.fingerprint()}".encode())
+    for step in plan.steps:
+        sites = [(site.adapter, site.weight, site.operation, site.parameters) for site in step.sites]
+        brought = [(found.adapter, found.weight, found.path, found.rows) for found in step.replacements]
+        said = (step.output.path, step.output.shape, step.output.dtype.name, step.origin, step.alphas, sites, brought)
+        digest.update(repr(said).encode())
+    return digest.hexdigest()
 
 
 def _survival(moments: Moments, dtypes: Sequence[str]) -> tuple[SurvivalRecord, ...]:
@@ -149,7 +241,7 @@ def leaf_records(plan: MergePlan) -> tuple[LeafRecord, ...]:
     return tuple(
         LeafRecord(step.output.name, step.origin, step.output.dtype.name, step.output.nbytes, reasons(step))
         for step in plan.steps
-        if not step.sites
+        if not step.sites and not step.is_mixture
     )
 
 

@@ -228,6 +228,16 @@ class Created:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """Where a leaf sits in a stack of layers."""
+
+    layer: int | None
+    """The number of its layer, from 0; None where its first axis is the layers."""
+    count: int
+    """How many layers the stack has."""
+
+
+@dataclass(frozen=True)
 class ModelSummary:
     """What a dialect makes of a checkpoint as a whole."""
 

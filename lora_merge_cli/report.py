@@ -1,4 +1,4 @@
-"""What a merge, a verification and a comparison found: the records that every report is made from."""
+"""What a merge, an interpolation, a verification and a comparison found: the records that every report is made from."""
 
 from __future__ import annotations
 
@@ -129,6 +129,8 @@ class SiteRecord(_Record):
     """Which of the adapters beside the checkpoint it is of, from 0; null if they are inside."""
     weight: float = 1.0
     """What that adapter's change is multiplied by. The figures below are of all adapters on the kernel together."""
+    alphas: tuple[float, ...] = (1.0,)
+    """What the change is multiplied by besides, by an interpolation: one for all layers, or one per layer."""
     relative_norm: float | None = None
     """``|delta| / |kernel|``, Frobenius."""
     max_abs: float | None = None
@@ -256,6 +258,98 @@ class PrefixRecord(_Record):
     """The largest ``|b - a|``."""
 
 
+@dataclass(frozen=True)
+class OverrideRecord(_Record):
+    """An alpha for the leaves that a glob matches."""
+
+    glob: str
+    """What names must match."""
+    alpha: float
+    """Their alpha."""
+
+
+@dataclass(frozen=True)
+class MixingRecord(_Record):
+    """Which alpha goes where, in ``(1 - alpha) * W_base + alpha * W_tuned`` (arXiv:2109.01903)."""
+
+    alpha: float
+    """Of what nothing else is said of; 0 is the base, 1 the fine-tune."""
+    overrides: tuple[OverrideRecord, ...] = ()
+    """By glob; the first that matches counts."""
+    schedule: tuple[float, float] | None = None
+    """From the first layer of each stack to its last one; null where all layers are alike."""
+    only_common: Literal["base", "tuned"] | None = None
+    """Whose leaves were taken where one side had a leaf alone, or the two had it in two shapes; null: that is refused."""
+    deltas_only: bool = False
+    """Whether there was no base, and only the adapters' deltas were scaled."""
+
+
+@dataclass(frozen=True)
+class MixedRecord(_Record):
+    """A leaf without a site that both sides have: it was interpolated between them."""
+
+    path: str
+    """Its name."""
+    part: str
+    """The part of the model that it belongs to."""
+    alphas: tuple[float, ...]
+    """One for all of it, or one per stacked layer."""
+    dtype: str
+    """As stored."""
+    parameters: int
+    """How many entries it has."""
+    relative_norm: float | None = None
+    """``|alpha (W_tuned - W_base)| / |W_base|``, Frobenius; 0 where the fine-tune did not move it."""
+    survival: tuple[SurvivalRecord, ...] = ()
+    """How much of that change the stored dtype keeps, then the serving one; without figures along an adapter's inputs."""
+
+
+@dataclass(frozen=True)
+class PartRecord(_Record):
+    """What an interpolation did to one part of the model: all its leaves that could move."""
+
+    part: str
+    """The part, for example ``vision tower``."""
+    leaves: int
+    """How many leaves."""
+    parameters: int
+    """How many entries they have."""
+    alphas: tuple[float, float]
+    """The least and the largest alpha of a leaf or layer."""
+    base_norm: float
+    """``|W_base|``, Frobenius over all of them."""
+    wanted: float
+    """``|alpha (W_tuned - W_base)|`` before anything is rounded."""
+    distance: float
+    """``|W_alpha - W_base|`` as stored, both rounded to the stored dtype."""
+    gain_stored: float | None
+    """``<q, d> / <d, d>`` of the stored change q against the wanted one d; null where d is zero."""
+    gain_served: float | None
+    """The same of both cast to the serving dtype."""
+
+
+@dataclass(frozen=True)
+class PointRecord(_Record):
+    """One alpha of a sweep."""
+
+    alpha: float
+    """The alpha."""
+    output: str
+    """The directory."""
+    status: Literal["planned", "written", "kept", "failed"]
+    """``kept``: an earlier run had finished it."""
+    error: str | None = None
+    """Why it failed."""
+    parts: tuple[PartRecord, ...] = ()
+    """What it did to each part of the model."""
+    least_gain_stored: float | None = None
+    """The least gain along an adapter's inputs of a site, in the stored dtype; null without sites."""
+    least_gain_served: float | None = None
+    """The same in the serving dtype."""
+    bytes_on_disk: int | None = None
+    """The size of its files."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report(_Record):
     """What every report says."""
@@ -310,13 +404,9 @@ class ModelReport(Report):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeReport(ModelReport):
-    """All that a merge, or its dry run, has to say."""
+class OutputReport(ModelReport):
+    """What whatever writes a checkpoint has to say."""
 
-    command: Literal["merge"] = "merge"
-    """Which command made the report."""
-    status: Literal["planned", "merged", "rejected"]
-    """``rejected``: a check failed, and nothing appeared at the output."""
     output: str | None
     """The directory or file that was created."""
     output_format: str
@@ -334,7 +424,59 @@ class MergeReport(ModelReport):
     device: str | None = None
     """Where the arithmetic ran."""
     parents: tuple[dict[str, Any], ...] = ()
-    """The provenance of the checkpoint that was merged into, oldest last."""
+    """The provenance of the checkpoint that it was made from, oldest last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(OutputReport):
+    """All that a merge, or its dry run, has to say."""
+
+    command: Literal["merge"] = "merge"
+    """Which command made the report."""
+    status: Literal["planned", "merged", "rejected"]
+    """``rejected``: a check failed, and nothing appeared at the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateReport(OutputReport):
+    """All that an interpolation at one alpha, or its dry run, has to say."""
+
+    command: Literal["interpolate"] = "interpolate"
+    """Which command made the report."""
+    status: Literal["planned", "interpolated", "rejected"]
+    """``rejected``: a check failed, and nothing appeared at the output."""
+    mixing: MixingRecord
+    """Which alpha went where."""
+    mixed: tuple[MixedRecord, ...]
+    """The leaves without a site that were interpolated."""
+    parts: tuple[PartRecord, ...] = ()
+    """What it did to each part of the model."""
+    not_interpolated: tuple[str, ...] = ()
+    """Leaves that the fine-tune trained and that are its own at every alpha: they have no base."""
+    plan_digest: str = ""
+    """A digest of all that decides the output's values; ``--resume`` keeps an output that has the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReport(Report):
+    """All that an interpolation at several alphas has to say; each output has a report of its own besides."""
+
+    command: Literal["sweep"] = "sweep"
+    """Which kind of report this is."""
+    status: Literal["planned", "complete", "incomplete"]
+    """``incomplete``: an output failed; the others are there."""
+    model: str
+    """The model, or ``unknown``."""
+    dialect: str
+    """The trainer's conventions."""
+    serving_dtype: str
+    """What servers cast the results to."""
+    output: str | None
+    """The directory of all outputs."""
+    mixing: MixingRecord
+    """Which alpha went where; `alpha` is the first output's."""
+    points: tuple[PointRecord, ...]
+    """Every alpha, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +493,8 @@ class VerifyReport(ModelReport):
     """The least gain along an adapter's inputs that needs no warning."""
     strict: bool
     """Whether a lesser gain fails."""
+    mixing: MixingRecord | None = None
+    """Which alpha goes where, where the result is an interpolation; null for a merge."""
 
 
 @dataclass(frozen=True, kw_only=True)

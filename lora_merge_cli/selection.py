@@ -48,9 +48,9 @@ def select(dialect: Dialect, survey: Survey, include: Sequence[str], exclude: Se
         UsageError: A glob matches none.
     """
     names: dict[KeyPath, tuple[KeyPath, ...]] = {
-        found.target: _leaf_names(dialect, found.target) for found in survey.replacements
+        found.target: leaf_names(dialect, found.target) for found in survey.replacements
     }
-    names |= {site.targets[0]: _names(dialect, site) for site in survey.sites}
+    names |= {site.targets[0]: site_names(dialect, site) for site in survey.sites}
     for flag, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
             if names and not any(matches_any(found, (pattern,)) for found in names.values()):
@@ -77,12 +77,12 @@ def matches_any(names: Iterable[KeyPath], patterns: Sequence[str]) -> bool:
     return any(glob_matches(name, spelled) for name in names for spelled in spellings)
 
 
-def _leaf_names(dialect: Dialect, target: KeyPath) -> tuple[KeyPath, ...]:
+def leaf_names(dialect: Dialect, target: KeyPath) -> tuple[KeyPath, ...]:
     """What a leaf may be called: its path, that without what all paths share, and its module."""
     canonical = dialect.canonical(target)
     return target, canonical, (*canonical[:-1], str(canonical[-1]).removesuffix(".weight"))
 
 
-def _names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:
+def site_names(dialect: Dialect, site: AdapterSite) -> tuple[KeyPath, ...]:
     """What a site may be called: its kernel's full path, that without what all paths share, and its label."""
     return site.targets[0], dialect.canonical(site.targets[0]), (site.label,)

@@ -69,15 +69,29 @@ class Moments:
         return total
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all sums are; else a value of one side alone is NaN or Inf."""
+        sums = [sum((each.q_dot_d, each.error_sq)) for each in self.realised.values()]
+        return math.isfinite(sum([self.delta_sq, self.kernel_sq, *sums]))
+
+    @property
     def relative_norm(self) -> float | None:
         """``|delta| / |kernel|``, Frobenius; None for a kernel of zeros."""
         return _ratio(math.sqrt(self.delta_sq), math.sqrt(self.kernel_sq))
 
+    def realised_of(self, dtype: str) -> Realised:
+        """The sums for one dtype; zeros where nothing was measured, there being no delta."""
+        return self.realised.get(dtype, Realised())
+
+    def realised_sq(self, dtype: str) -> float:
+        """``<q, q>`` for one dtype."""
+        sums = self.realised_of(dtype)
+        return max(sums.error_sq + 2 * sums.q_dot_d - self.delta_sq, 0.0)
+
     def survival(self, dtype: str) -> Survival:
         """The figures for one dtype."""
-        sums = self.realised[dtype]
-        realised_sq = sums.error_sq + 2 * sums.q_dot_d - self.delta_sq
-        realised_norm = math.sqrt(max(realised_sq, 0.0))
+        sums = self.realised_of(dtype)
+        realised_norm = math.sqrt(self.realised_sq(dtype))
         return Survival(
             dtype=dtype,
             gain=_ratio(sums.q_dot_d, self.delta_sq),

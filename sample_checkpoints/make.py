@@ -4,7 +4,8 @@
 
 `expected.safetensors` holds what each must become: the dense kernels in float32, found by pushing the identity through the layers
 as OpenPI runs them, and every other leaf as it is. Key paths are joined with ``/``. `llama_tiny` is a Llama-shaped model with a
-PEFT adapter beside it, DoRA on its queries and a saved head; its expected weights are PEFT's formulas in float64.
+PEFT adapter beside it, DoRA on its queries and a saved head; its expected weights are PEFT's formulas in float64. `pi0_tiny_base`
+is what `pi0_tiny` was fine-tuned from.
 """
 
 from __future__ import annotations
@@ -44,6 +45,25 @@ SAMPLES: dict[str, tuple[Tree, tuple[str, ...]]] = {
         (),
     ),
 }
+
+
+def make_base(folder: Path, tree: Tree) -> None:
+    """What a fine-tune started from: float32 that rounds to the leaves that it froze, and, for those that it trained, others."""
+    rng = np.random.default_rng(4)
+    start = {}
+    for path, leaf in tree.leaves.items():
+        if "lora" in path[-1]:
+            continue
+        if leaf.dtype == ml_dtypes.bfloat16:
+            # A part of bfloat16's half step.
+            start[path] = leaf.astype(np.float32) * (1 + rng.uniform(-1, 1, leaf.shape) * 0.9 * 2.0**-9).astype(
+                np.float32
+            )
+        else:
+            start[path] = leaf - rng.normal(0, 0.04, leaf.shape).astype(np.float32)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_step(folder, nest(start, suffix=()))
+    (folder / "params" / "commit_success.txt").unlink(missing_ok=True)
 
 
 def make_llama(folder: Path) -> None:
@@ -93,6 +113,7 @@ def write_json(file: Path, document: object) -> None:
 def main() -> None:
     """Write every sample anew."""
     make_llama(HERE / "llama_tiny")
+    make_base(HERE / "pi0_tiny_base", SAMPLES["pi0_tiny"][0])
     for name, (tree, suffix) in SAMPLES.items():
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)

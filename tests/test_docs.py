@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
-COMMANDS = ("inspect", "merge", "verify", "diff")
+COMMANDS = ("inspect", "merge", "interpolate", "verify", "diff")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,7 +34,7 @@ def test_every_flag_is_documented_and_has_help(command: str) -> None:
 def test_no_document_names_a_flag_that_is_not_there() -> None:
     known = {flag for command in COMMANDS for flag in re.findall(r"--[a-z][a-z-]+", run(command, "--help").stdout)}
     used = {flag for text in DOCS.values() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
-    assert used - known <= {"--resume", "--reflink"}  # of the trainer, and of cp
+    assert used - known <= {"--reflink", "--version"}  # of cp, and of the program itself
 
 
 def test_links_lead_somewhere() -> None:
@@ -60,7 +60,7 @@ def test_every_exit_code_is_documented() -> None:
         for _, kind in inspect.getmembers(errors, inspect.isclass)
         if hasattr(kind, "exit_code") and kind is not errors.LoraMergeError
     }
-    assert codes == {"1", "2", "3", "4", "5", "6", "143"}
+    assert codes == {"1", "2", "3", "4", "5", "6", "7", "143"}
     assert all(re.search(rf"^\|.*\b{code}\b.*\|", DOCS["errors.md"], re.MULTILINE) for code in codes)
 
 

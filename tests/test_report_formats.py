@@ -35,6 +35,7 @@ from lora_merge_cli.reports.json_text import to_json
 from lora_merge_cli.reports.junit import to_junit
 from lora_merge_cli.reports.markdown import to_markdown
 from lora_merge_cli.reports.schema import report_schema
+from tests.test_interpolate_reports import interpolated, swept
 
 HOSTILE = "a|b`c``d <img src=x onerror=y> @team #1 [x](http://e.vil)\n# head\x1b\x00\ud800\ufffe\u202e$x$ & end`"
 
@@ -131,7 +132,18 @@ BESIDE: dict[str, Any] = {
     "sites": tuple(replace(SITE, label=f"layers.{n}.q", adapter=n % 2, weight=0.5) for n in range(40)),
 }
 BROUGHT = (LeafRecord("head", "replaced", "float32", 32, "modules_to_save"), LeafRecord("new", "created", "float32", 8))
-REPORTS = [MERGE, VERIFY, DIFF, replace(MERGE, **BESIDE, copied=BROUGHT), replace(VERIFY, **BESIDE)]
+SWEPT = swept()
+# Parts of one name would share a column, and hostile names are all alike.
+ONE_PART = tuple(replace(point, parts=point.parts[:1]) for point in SWEPT.points)
+REPORTS = [
+    MERGE,
+    VERIFY,
+    DIFF,
+    interpolated(),
+    replace(SWEPT, points=ONE_PART),
+    replace(MERGE, **BESIDE, copied=BROUGHT),
+    replace(VERIFY, **BESIDE),
+]
 
 
 def hostile(value: Any) -> Any:
@@ -331,7 +343,7 @@ def test_the_schema_takes_the_reports_and_nothing_else(report: Any, validator: A
 
 def test_the_schema_tells_what_each_field_is() -> None:
     schema = report_schema()
-    assert schema["discriminator"]["mapping"].keys() == {"merge", "verify", "diff"}
+    assert schema["discriminator"]["mapping"].keys() == {"merge", "interpolate", "sweep", "verify", "diff"}
     for record in schema["$defs"].values():
         assert record["description"] and all(field["description"] for field in record["properties"].values())
         assert record["required"] == list(record["properties"]) and record["additionalProperties"] is False

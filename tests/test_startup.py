@@ -45,7 +45,10 @@ def imported(*arguments: object, code: int = 0) -> set[str]:
     return set(json.loads(names))
 
 
-@pytest.mark.parametrize("flags", [["--version"], ["--help"], ["inspect", "--help"], ["schema", "--help"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--version"], ["--help"], ["inspect", "--help"], ["interpolate", "--help"], ["schema", "--help"]],
+)
 def test_questions_about_the_tool_import_no_library(flags: list[str]) -> None:
     assert not imported(*flags) & ({"numpy", "ml_dtypes", "wcmatch"} | STORES | COMPUTES | REPORTS)
 
@@ -65,6 +68,11 @@ def test_inspect_of_an_adapter_imports_its_dialect() -> None:
 
 def test_a_dry_run_imports_no_jax() -> None:
     assert not imported("merge", OPENPI, *ALPHA, "--dry-run") & (STORES | COMPUTES | REPORTS | TORCH)
+
+
+def test_a_dry_run_of_an_interpolation_imports_no_jax() -> None:
+    flags = ("interpolate", BASE, "--adapter", ADAPTER, "--alpha", "0:1:0.5", "--dry-run")
+    assert not imported(*flags) & (STORES | COMPUTES | REPORTS | TORCH)
 
 
 def test_diff_imports_no_jax_and_no_store() -> None:

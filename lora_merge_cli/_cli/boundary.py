@@ -22,10 +22,14 @@ _A_LITTLE = 0.01
 
 
 @contextlib.contextmanager
-def boundary(*, verbose: bool) -> Iterator[None]:
+def boundary(*, verbose: bool, interrupted: str = "nothing was written") -> Iterator[None]:
     """Turn every expected failure of the block into one line on stderr and its exit code.
 
     An unexpected one is a defect and keeps its traceback. SIGTERM unwinds the block as Ctrl-C does, so that staging is removed.
+
+    Args:
+        verbose: Whether to show the traceback of an expected failure too.
+        interrupted: What is at the output after Ctrl-C or SIGTERM.
     """
     # Only the main thread may set a handler; an embedder's thread keeps its own.
     in_main = threading.current_thread() is threading.main_thread()
@@ -39,7 +43,7 @@ def boundary(*, verbose: bool) -> Iterator[None]:
         sys.stderr.close()
         sys.exit(0)
     except BaseException as error:
-        known = _message_and_code(error)
+        known = _message_and_code(error, interrupted)
         if known is None:
             raise
         if verbose:
@@ -51,14 +55,14 @@ def boundary(*, verbose: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _message_and_code(error: BaseException) -> tuple[str, int] | None:
+def _message_and_code(error: BaseException, interrupted: str) -> tuple[str, int] | None:
     """What to print and return for an expected failure; None for a defect."""
     # An extension module that is interrupted while it loads reports an ImportError instead.
     for link in _chain(error):
         if isinstance(link, KeyboardInterrupt):
-            return "interrupted: nothing was written", _SIGINT_CODE
+            return f"interrupted: {interrupted}", _SIGINT_CODE
         if isinstance(link, Terminated):
-            return "terminated: nothing was written", Terminated.exit_code
+            return f"terminated: {interrupted}", Terminated.exit_code
     if isinstance(error, LoraMergeError):
         return str(error), error.exit_code
     if isinstance(error, OSError):

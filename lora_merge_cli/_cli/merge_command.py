@@ -47,9 +47,7 @@ def merge(
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
     scale: options.Scale = 1.0,
-    dtype: Annotated[
-        options.Dtype, typer.Option(help="Of the leaves that change; auto: float32 for OpenPI, else the base's.")
-    ] = options.Dtype.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
@@ -59,27 +57,13 @@ def merge(
     to: Annotated[
         options.OutputFormat, typer.Option(help="The format to write; auto: by OUT's suffix, else that of CKPT.")
     ] = options.OutputFormat.auto,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="The largest file of safetensors, as in 5GB or 500MB.")
-    ] = "5GB",
-    device: Annotated[
-        str | None,
-        typer.Option(help="The JAX device, such as cpu or cuda:0; JAX's default if not given.", show_default=False),
-    ] = None,
-    compression: Annotated[
-        options.Compression,
-        typer.Option(
-            help="How Orbax keeps the leaves that change: zstd saves a fifth of bfloat16, and takes its time."
-        ),
-    ] = options.Compression.none,
+    max_shard_size: options.MaxShardSize = "5GB",
+    device: options.Device = None,
+    compression: options.CompressionOption = options.Compression.none,
     jobs: options.Jobs = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the whole plan; write nothing. Needs no -o.")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Verify the result before it appears; if a check fails, it does not.")
-    ] = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    verify: options.Verify = False,
     min_gain: options.MinGain = 0.98,
     strict: options.Strict = False,
     sample: options.Sample = None,
@@ -94,21 +78,18 @@ def merge(
         from lora_merge_cli._cli.allocator import keep_freed_memory
         from lora_merge_cli._cli.output import Output
         from lora_merge_cli._cli.parsing import parse_adapters, parse_size
-        from lora_merge_cli.errors import UsageError, VerificationFailed
-        from lora_merge_cli.merging import MergeRequest, prepare
+        from lora_merge_cli.errors import VerificationFailed
         from lora_merge_cli.merging import merge as run
-        from lora_merge_cli.verification import Judging
+        from lora_merge_cli.merging import prepare
+        from lora_merge_cli.prepared import MergeRequest
 
         # Before the first thread: each would take its memory from an arena of its own.
         keep_freed_memory()
-        if output is None and not dry_run:
-            raise UsageError("an output is needed", hint="pass -o OUT, or --dry-run")
-        if not verify and (strict or sample is not None):
-            raise UsageError("--strict and --sample are for --verify")
+        options.check_output(output, dry_run)
+        judging = options.judging(verify, sample, min_gain, strict, jobs)
         asked = options.merge_options(
             lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
         )
-        judging = Judging(sample, min_gain, strict, jobs=jobs) if verify else None
         prepared = prepare(
             MergeRequest(
                 checkpoint,

@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from lora_merge_cli.mixing import Mixing
     from lora_merge_cli.options import MergeOptions
+    from lora_merge_cli.verification import Judging
 
 
 class Dtype(enum.StrEnum):
@@ -75,6 +77,13 @@ class Rounding(enum.StrEnum):
     any = "any"
 
 
+class CommonSide(enum.StrEnum):
+    """Values of ``--only-common``."""
+
+    base = "base"
+    tuned = "tuned"
+
+
 class WithOptionalValues(TyperCommand):
     """A command whose ``--rslora`` may stand without a value."""
 
@@ -99,7 +108,7 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="ADAPTER[@WEIGHT]",
-        help="An adapter beside CKPT, its base: a directory or a file; the weight multiplies its whole change. Repeatable.",
+        help="An adapter beside its base: a directory or a file; the weight multiplies its whole change. Repeatable.",
         show_default=False,
     ),
 ]
@@ -111,7 +120,7 @@ ResidualBase = Annotated[
     bool,
     typer.Option(
         "--residual-base",
-        help="CKPT is the residual that the adapter's initialisation (PiSSA, OLoRA, ...) left, not the original model.",
+        help="The base is the residual that the adapter's initialisation (PiSSA, OLoRA, ...) left, not the original model.",
     ),
 ]
 Base = Annotated[
@@ -136,6 +145,9 @@ RsLora = Annotated[
     ),
 ]
 Scale = Annotated[float, typer.Option(help="Multiply every delta by this; 1 is as trained.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the leaves that change; auto: float32 for OpenPI, else the base's.")
+]
 DtypeUntouchedOption = Annotated[DtypeUntouched, typer.Option(help="Of all other leaves.")]
 IncludeSites = Annotated[
     list[str] | None,
@@ -144,6 +156,44 @@ IncludeSites = Annotated[
 ExcludeSites = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="GLOB", help="Not these sites. Repeatable.", show_default=False),
+]
+AlphaFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB=VALUE",
+        help="The alpha of the leaves that match; of several globs the first that matches counts. Repeatable.",
+        show_default=False,
+    ),
+]
+AlphaSchedule = Annotated[
+    str | None,
+    typer.Option(
+        metavar="layer=FIRST:LAST",
+        help="An alpha per layer instead, in even steps from the first layer to the last.",
+        show_default=False,
+    ),
+]
+Extrapolate = Annotated[bool, typer.Option("--extrapolate", help="Allow alphas below 0 and above 1.")]
+OnlyCommon = Annotated[
+    CommonSide | None,
+    typer.Option(
+        help="Whose leaf to take where one side has it alone, or both have one of two shapes; refused if not given.",
+        show_default=False,
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="The largest file of safetensors, as in 5GB or 500MB.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="The JAX device, such as cpu or cuda:0; JAX's default if not given.", show_default=False),
+]
+CompressionOption = Annotated[
+    Compression,
+    typer.Option(help="How Orbax keeps the leaves that change: zstd saves a fifth of bfloat16, and takes its time."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the whole plan; write nothing. Needs no -o.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Verify the result before it appears; if a check fails, it does not.")
 ]
 MinGain = Annotated[
     float, typer.Option(help="Warn where a dtype keeps less than this of a delta along the adapter's inputs.")
@@ -188,6 +238,7 @@ def merge_options(
     include: list[str] | None,
     exclude: list[str] | None,
     residual_base: bool,
+    mixing: Mixing | None = None,
 ) -> MergeOptions:
     """What a merge, and its judge, are asked for."""
     from lora_merge_cli._cli.parsing import parse_scales
@@ -201,4 +252,84 @@ def merge_options(
         tuple(include or ()),
         tuple(exclude or ()),
         residual_base,
+        mixing,
     )
+
+
+def mixing(
+    alpha: float,
+    alpha_for: list[str] | None,
+    alpha_schedule: str | None,
+    extrapolate: bool,
+    only_common: CommonSide | None,
+    deltas_only: bool,
+) -> Mixing:
+    """Which alpha goes where, in an interpolation and for its judge."""
+    from lora_merge_cli._cli.parsing_alphas import parse_override, parse_schedule
+    from lora_merge_cli.mixing import Mixing
+
+    return Mixing(
+        alpha,
+        tuple(map(parse_override, alpha_for or ())),
+        None if alpha_schedule is None else parse_schedule(alpha_schedule),
+        extrapolate,
+        None if only_common is None else only_common.value,
+        deltas_only,
+    )
+
+
+def judged_mixing(
+    alpha: list[str] | None,
+    alpha_for: list[str] | None,
+    alpha_schedule: str | None,
+    extrapolate: bool,
+    only_common: CommonSide | None,
+    deltas_only: bool,
+) -> Mixing | None:
+    """Which alpha the judge expects where; None where it expects a merge.
+
+    Raises:
+        UsageError: ``--alpha`` is no single number, or is wanting beside a flag that goes with it.
+    """
+    from lora_merge_cli._cli.parsing_alphas import parse_one_alpha
+    from lora_merge_cli.errors import UsageError
+
+    if alpha:
+        return mixing(parse_one_alpha(alpha), alpha_for, alpha_schedule, extrapolate, only_common, deltas_only)
+    beside: dict[str, object] = {
+        "--alpha-for": alpha_for,
+        "--alpha-schedule": alpha_schedule,
+        "--extrapolate": extrapolate,
+        "--only-common": only_common,
+        "--deltas-only": deltas_only,
+    }
+    for flag, value in beside.items():
+        if value not in (None, False, []):
+            raise UsageError(f"{flag} is of an interpolation", hint="pass the --alpha that it was made with")
+    return None
+
+
+def check_output(output: Path | None, dry_run: bool) -> None:
+    """Refuse to write nowhere.
+
+    Raises:
+        UsageError: There is no output, and this is no dry run.
+    """
+    from lora_merge_cli.errors import UsageError
+
+    if output is None and not dry_run:
+        raise UsageError("an output is needed", hint="pass -o OUT, or --dry-run")
+
+
+def judging(verify: bool, sample: int | None, min_gain: float, strict: bool, jobs: int | None) -> Judging | None:
+    """How strictly to judge a result before it appears; None not to.
+
+    Raises:
+        UsageError: How is said, and that it is wanted is not.
+    """
+    from lora_merge_cli.errors import UsageError
+    from lora_merge_cli.verification import Judging
+
+    if not verify and (strict or sample is not None):
+        raise UsageError("--strict and --sample are for --verify")
+    return Judging(sample, min_gain, strict, jobs=jobs) if verify else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lora_merge_cli.errors import LoraMergeError
-from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.report import DiffReport, InterpolateReport, MergeReport, SweepReport, VerifyReport
 from lora_merge_cli.reports import AnyReport, ReportFiles, check_report_paths
 from lora_merge_cli.reports.github import append_step_summary, check_step_summary
 
@@ -100,6 +100,14 @@ def _print(report: AnyReport) -> None:
             from lora_merge_cli._cli.show_merge import print_merge
 
             print_merge(report)
+        case InterpolateReport():
+            from lora_merge_cli._cli.show_interpolation import print_interpolation
+
+            print_interpolation(report)
+        case SweepReport():
+            from lora_merge_cli._cli.show_interpolation import print_sweep
+
+            print_sweep(report)
         case VerifyReport():
             from lora_merge_cli._cli.show_checks import print_verification
 

@@ -20,6 +20,8 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge verify merged/ --against Llama-base/ --adapter runs/adapter
 
+  lora-merge verify soup/ --against checkpoints/run/29999 --base pi0_base --alpha 0.5
+
 Exit codes: 0 all checks hold; 1 a check failed; 2 usage; 3 another input missing or corrupt; 4 refused: the other
 inputs do not make a merge; 6 disk, memory or permission; 130, 143 interrupted."""
 
@@ -38,7 +40,25 @@ def verify(
         ),
     ],
     adapter: options.Adapters = None,
-    base: options.Base = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="What CKPT started from: the float32 base of adapters inside, or what alpha 0 is.", show_default=False
+        ),
+    ] = None,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A", help="The alpha that MERGED was interpolated at; a merge if not given.", show_default=False
+        ),
+    ] = None,
+    alpha_for: options.AlphaFor = None,
+    alpha_schedule: options.AlphaSchedule = None,
+    extrapolate: options.Extrapolate = False,
+    only_common: options.OnlyCommon = None,
+    deltas_only: Annotated[
+        bool, typer.Option("--deltas-only", help="There was no base: only the deltas of CKPT's adapters were scaled.")
+    ] = False,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
     scale: options.Scale = 1.0,
@@ -64,7 +84,7 @@ def verify(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Prove a merge: recompute every kernel in float64, run every layer, compare every other leaf bit for bit."""
+    """Prove a merge or an interpolation: recompute each kernel in float64, run each layer, compare all else bit for bit."""
     with boundary(verbose=verbose):
         from lora_merge_cli._cli.allocator import keep_freed_memory
         from lora_merge_cli._cli.output import Output
@@ -73,8 +93,9 @@ def verify(
         from lora_merge_cli.verification import verify as run
 
         keep_freed_memory()
+        mixing = options.judged_mixing(alpha, alpha_for, alpha_schedule, extrapolate, only_common, deltas_only)
         asked = options.merge_options(
-            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
+            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base, mixing
         )
         judging = Judging(sample, min_gain, strict, rounding.value, jobs)
         opened = open_request(

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from lora_merge_cli.errors import UnknownScale
-from lora_merge_cli.records import AdapterSite, AdapterSummary, Index, KeyPath, ModelSummary, Survey
+from lora_merge_cli.records import AdapterSite, AdapterSummary, Depth, Index, KeyPath, ModelSummary, Survey
 
 Group = Literal["adapter", "lora", "frozen", "trained"]
 """What a fine-tune did to a leaf: an adapter's factor, a kernel under one, left as it was, or trained in full."""
@@ -103,6 +103,13 @@ class Dialect(Protocol):
 
     def part(self, path: KeyPath) -> str:
         """The part of the model that a leaf belongs to, for tables."""
+        ...
+
+    def depths(self, index: Index) -> Mapping[KeyPath, Depth]:
+        """Where each leaf sits in a stack of layers; leaves that belong to none are not in it.
+
+        A model may have several stacks, each with its own count. Whether adapters' factors are in it is not said.
+        """
         ...
 
     def canonical(self, path: KeyPath) -> KeyPath:

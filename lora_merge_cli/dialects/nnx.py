@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from lora_merge_cli.dialects.depths import STACKS, along_first_axis, numbered, parts_of
 from lora_merge_cli.dialects.interface import Group, ScaleOptions, Subject, Tree, looks_like_adapter
 from lora_merge_cli.dtypes import BFLOAT16
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import LoraMergeError, ShapeMismatch, UnknownScale, UnmatchedAdapter, UsageError
 from lora_merge_cli.records import (
     AdapterSite,
+    Depth,
     Dropped,
     Factor,
     Forward,
@@ -126,6 +128,16 @@ class Nnx:
             return "optimiser state"
         names = self.canonical(path)
         return str(names[0]) if len(names) > 1 else "other"
+
+    def depths(self, index: Index) -> Mapping[KeyPath, Depth]:
+        """See `Dialect.depths`: by the numbers in the names, and along the first axis beside stacked kernels under adapters.
+
+        The stack of such a kernel is the outermost module above it that is called as one; where none is, it is the kernel's layer
+        alone, with its bias.
+        """
+        return _stacked(index, self.survey(Subject(Tree(index, "")), ScaleOptions()).sites) | numbered(
+            {path: _layer_parts(self.canonical(path)) for path in index.tensors if not looks_like_adapter(path)}
+        )
 
     def canonical(self, path: KeyPath) -> KeyPath:
         """See `Dialect.canonical`: without the root key ``params`` and the suffix ``value`` of a state."""
@@ -229,6 +241,34 @@ def _site(index: Index, module: _Module, factors: Mapping[str, TensorSpec], wher
         module=next((str(part) for part in reversed(label) if not str(part).isdigit()), GROUP),
         label=display(label) or GROUP,
     )
+
+
+def _stacked(index: Index, sites: Sequence[AdapterSite]) -> dict[KeyPath, Depth]:
+    kernels: dict[KeyPath, list[TensorSpec]] = {}
+    for site in sites:
+        if site.parameters.equation.stacked:
+            kernels.setdefault(_stack(site.targets[0]), []).append(index.tensors[site.targets[0]])
+    leaves: dict[KeyPath, list[TensorSpec]] = {stack: [] for stack in kernels}
+    for path, spec in index.tensors.items():
+        stack = next((path[:end] for end in range(len(path)) if path[:end] in leaves), None)
+        if stack is not None:
+            leaves[stack].append(spec)
+    depths: dict[KeyPath, Depth] = {}
+    for stack, below in leaves.items():
+        depths |= along_first_axis(below, kernels[stack])
+    return depths
+
+
+def _stack(kernel: KeyPath) -> KeyPath:
+    """The module whose leaves stack layers as that kernel does."""
+    layer = _module(kernel).path
+    named = (at + 1 for at, part in enumerate(layer) if part in STACKS)
+    return layer[: next(named, len(layer))]
+
+
+def _layer_parts(path: KeyPath) -> tuple[str, ...]:
+    """The parts of a path as the model without adapters has it."""
+    return parts_of(tuple(part for part in path if part != "base_module"))
 
 
 def _misused(options: ScaleOptions) -> list[Exception]:

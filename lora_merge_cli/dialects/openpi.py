@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from lora_merge_cli.dialects.depths import numbered, parts_of
 from lora_merge_cli.dialects.interface import Group, ScaleOptions, Subject, Tree, looks_like_adapter
+from lora_merge_cli.dialects.openpi_stacks import scanned
 from lora_merge_cli.dtypes import BFLOAT16, FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import ShapeMismatch, UnknownScale, UnmatchedAdapter
 from lora_merge_cli.records import (
     AdapterSite,
+    Depth,
     Dropped,
     Factor,
     Forward,
@@ -237,6 +240,10 @@ class OpenPI:
         if names[:1] == ("PaliGemma",):
             return "language model"
         return "projections" if len(names) == 2 and names[1] in ("kernel", "bias") else "other"
+
+    def depths(self, index: Index) -> Mapping[KeyPath, Depth]:
+        """See `Dialect.depths`: along the first axis below a scanned module, by the numbers in the names elsewhere."""
+        return scanned(index) | numbered({path: parts_of(self.canonical(path)) for path in index.tensors})
 
     def canonical(self, path: KeyPath) -> KeyPath:
         """See `Dialect.canonical`: without the root key ``params`` and the suffix ``value`` of an nnx state."""

@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from lora_merge_cli.dialects.depths import numbered
 from lora_merge_cli.dialects.interface import Group, ScaleOptions, Subject, Tree, looks_like_adapter
 from lora_merge_cli.dialects.torch_names import clean_name, dotted
 from lora_merge_cli.dtypes import BFLOAT16
 from lora_merge_cli.errors import UnknownScale, UnmatchedAdapter
-from lora_merge_cli.records import AdapterSite, Forward, Index, KeyPath, ModelSummary, Survey, display, first_names
+from lora_merge_cli.records import (
+    AdapterSite,
+    Depth,
+    Forward,
+    Index,
+    KeyPath,
+    ModelSummary,
+    Survey,
+    display,
+    first_names,
+)
 
 GROUP = "model"
 """The group of every site: torch-named models have one alpha for all of it, or one per module that their adapter states."""
@@ -94,6 +105,10 @@ class TorchModel:
         names = dotted(path).split(".")
         fitting = (part for part, pattern in _PART_PATTERNS if any(map(pattern.fullmatch, names)))
         return next(fitting, "other")
+
+    def depths(self, index: Index) -> Mapping[KeyPath, Depth]:
+        """See `Dialect.depths`: by the numbers in the names; see `numbered`."""
+        return numbered({path: dotted(path).split(".") for path in index.tensors})
 
     def canonical(self, path: KeyPath) -> KeyPath:
         """See `Dialect.canonical`: one dotted name, without what wrappers add."""

@@ -6,6 +6,7 @@ from lora_merge_cli.operations.add_delta import AddDelta
 from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.dora import Dora
 from lora_merge_cli.operations.interface import Contribution, Operation
+from lora_merge_cli.operations.mix import MixedLeaf, moments_of_no_change
 from lora_merge_cli.operations.update import KernelUpdate, OutputNorms
 
 OPERATIONS: tuple[Operation, ...] = (AddDelta(), Dora())
@@ -21,8 +22,10 @@ __all__ = [
     "Contribution",
     "Cut",
     "KernelUpdate",
+    "MixedLeaf",
     "Operation",
     "OutputNorms",
     "cut",
+    "moments_of_no_change",
     "operation_named",
 ]

@@ -10,10 +10,13 @@ from types import TracebackType
 from typing import TypeAlias
 
 from lora_merge_cli.errors import UnsafeOutput, UsageError
-from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.report import DiffReport, InterpolateReport, MergeReport, SweepReport, VerifyReport
 from lora_merge_cli.staging import anchored, filesystem
 
-AnyReport: TypeAlias = MergeReport | VerifyReport | DiffReport
+AnyModelReport: TypeAlias = MergeReport | InterpolateReport | VerifyReport
+"""Of one checkpoint, site by site."""
+AnyReport: TypeAlias = AnyModelReport | SweepReport | DiffReport
+"""Whatever can be rendered."""
 
 RENDERERS: Mapping[str, tuple[str, str]] = {
     ".html": ("html", "to_html"),

@@ -16,26 +16,45 @@ from markupsafe import Markup, escape
 from lora_merge_cli.report import (
     CheckRecord,
     DiffReport,
-    MergeReport,
+    InterpolateReport,
     ModelReport,
+    OutputReport,
     SiteRecord,
     SourceRecord,
+    SweepReport,
     VerifyReport,
 )
+from lora_merge_cli.reports import AnyModelReport, AnyReport
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.kinds import MANY_SITES, Kind, largest, least, middle, rank_spread, scale_spread, site_kinds
+from lora_merge_cli.reports.html_tiles import Tile, costs, model_tiles, sweep_tiles
+from lora_merge_cli.reports.kinds import (
+    MANY_SITES,
+    Kind,
+    alpha_spread,
+    largest,
+    least,
+    middle,
+    rank_spread,
+    scale_spread,
+    site_kinds,
+)
+from lora_merge_cli.reports.parts import farthest_first, relative_distance, share_of_base
 from lora_merge_cli.reports.words import (
     adapter_mark,
+    alphas_in_words,
     beside,
     brought,
     byte_size,
-    counted,
     figure,
     gain_along_inputs,
+    mixing_in_words,
+    mixing_of,
+    quantity,
     short_scale,
     source_names,
     subject,
     survival_for,
+    sweep_in_words,
     untouched,
     weight_in_words,
     why,
@@ -54,8 +73,17 @@ _VERDICTS = {
     "rejected": ("fail", "Rejected, nothing written"),
     "equal": ("pass", "Equal"),
     "different": ("warn", "Different"),
+    "interpolated": ("pass", "Interpolated"),
+    "complete": ("pass", "Complete"),
+    "incomplete": ("fail", "Incomplete"),
 }
 _CHECKS = {"pass": "passed", "warn": "warnings", "fail": "failed", "skip": "skipped"}
+_POINTS = {
+    "failed": ("fail", "failed"),
+    "written": ("pass", "written"),
+    "kept": ("within", "kept"),
+    "planned": ("skip", "planned"),
+}
 _DIFFERENCES = {
     "changed": ("warn", "changed"),
     "reshaped": ("fail", "reshaped"),
@@ -66,25 +94,29 @@ _DIFFERENCES = {
     "equal": ("pass", "equal"),
 }
 
-Tile = tuple[str, str, str]
-"""A figure worth a glance: its name, its value, and what it is of."""
 
-
-def to_html(report: MergeReport | VerifyReport | DiffReport) -> str:
+def to_html(report: AnyReport) -> str:
     """The report, most important things first.
 
     Args:
-        report: What a merge, a verification or a comparison found.
+        report: What a merge, an interpolation, a sweep, a verification or a comparison found.
 
     Returns:
         A page with its styles, scripts and data inside; plotly.js is in it only where there is a chart that needs it.
     """
-    context = _difference(report) if isinstance(report, DiffReport) else _model(report)
+    if isinstance(report, DiffReport):
+        context = _difference(report)
+    elif isinstance(report, SweepReport):
+        context = _sweep(report)
+    else:
+        context = _model(report)
     shared = {
         "report": report,
         "verdict": _VERDICTS[report.status],
         "names": _names(report),
         "heading": "A against B" if isinstance(report, DiffReport) else subject(report),
+        "mixing": None,
+        "alarm": None,
         "charts": (),
         "plotly": "",
     }
@@ -104,13 +136,16 @@ def _environment() -> Environment:
         "figure": figure,
         "bytes": byte_size,
         "scale": short_scale,
-        "time": _time,
         "value": _value,
         "shape": _shape,
         "pretty": _pretty,
         "kept_as": survival_for,
         "adapter_mark": adapter_mark,
         "why": why,
+        "alphas": alphas_in_words,
+        "quantity": quantity,
+        "share_of_base": share_of_base,
+        "relative_distance": relative_distance,
     }
     return environment
 
@@ -120,18 +155,24 @@ def _shown(value: object) -> object:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _model(report: MergeReport | VerifyReport) -> dict[str, Any]:
+def _model(report: AnyModelReport) -> dict[str, Any]:
+    mixing = mixing_of(report)
     context = {
         "page": "model.html.j2",
         "tally": list(_tally(report.checks)),
         "checks": sorted(report.checks, key=lambda check: _PROBLEMS_FIRST.index(check.status)),
-        "tiles": list(_tiles(report)),
+        "tiles": list(model_tiles(report)),
+        "mixing": None if mixing is None else mixing_in_words(mixing),
+        "alarm": "not_interpolated.html.j2"
+        if isinstance(report, InterpolateReport) and report.not_interpolated
+        else None,
+        "mixed": farthest_first(report.mixed)[:_MOST_LEAVES] if isinstance(report, InterpolateReport) else [],
         "proven": [site for site in report.sites if site.proof is not None],
         "measured": any(site.relative_norm is not None for site in report.sites),
         "min_gain": report.min_gain if isinstance(report, VerifyReport) else None,
-        "dropped": _by_reason(report) if isinstance(report, MergeReport) else {},
-        "brought": brought(report.copied) if isinstance(report, MergeReport) else [],
-        "untouched": untouched(report.copied) if isinstance(report, MergeReport) else [],
+        "dropped": _by_reason(report) if isinstance(report, OutputReport) else {},
+        "brought": brought(report.copied) if isinstance(report, OutputReport) else [],
+        "untouched": untouched(report.copied) if isinstance(report, OutputReport) else [],
         "adapters": len(beside(report)),
         "infinity": math.inf,
         "kinds": list(map(_kind_row, site_kinds(report.sites), repeat(report)))
@@ -153,6 +194,7 @@ class _KindRow:
     count: int
     layers: str
     one: SiteRecord
+    alphas: str
     rank: str
     scale: str
     dtypes: str
@@ -176,6 +218,7 @@ def _kind_row(kind: Kind[SiteRecord], report: ModelReport) -> _KindRow:
         count=len(sites),
         layers=kind.layers,
         one=sites[0],
+        alphas=alpha_spread(sites),
         rank=rank_spread(sites),
         scale=scale_spread(sites, " (assumed)"),
         dtypes=", ".join(dict.fromkeys(map(_dtypes, sites))),
@@ -191,14 +234,14 @@ def _kind_row(kind: Kind[SiteRecord], report: ModelReport) -> _KindRow:
 
 
 def _difference(report: DiffReport) -> dict[str, Any]:
-    counted = [(status, report.counts[status]) for status in _DIFFERENCES if report.counts.get(status)]
+    counts = [(status, report.counts[status]) for status in _DIFFERENCES if report.counts.get(status)]
     context = {
         "page": "diff.html.j2",
-        "tally": [(_DIFFERENCES[status][0], count, _DIFFERENCES[status][1]) for status, count in counted],
+        "tally": [(_DIFFERENCES[status][0], count, _DIFFERENCES[status][1]) for status, count in counts],
         "tiles": [
             ("leaves", f"{len(report.leaves):,}", "in A or B"),
             _tolerance(report),
-            *_costs(report),
+            *costs(report),
         ],
         "words": _DIFFERENCES,
         "shown": report.leaves[:_MOST_LEAVES],
@@ -207,6 +250,25 @@ def _difference(report: DiffReport) -> dict[str, Any]:
         from lora_merge_cli.reports.charts import diff_charts
 
         context |= _drawn(diff_charts(report))
+    return context
+
+
+def _sweep(report: SweepReport) -> dict[str, Any]:
+    counts: Counter[str] = Counter(point.status for point in report.points)
+    failures = [point for point in report.points if point.status == "failed"]
+    context = {
+        "page": "sweep.html.j2",
+        "alarm": "failures.html.j2" if failures else None,
+        "mixing": sweep_in_words(report),
+        "tally": [(kind, counts[status], word) for status, (kind, word) in _POINTS.items() if counts[status]],
+        "tiles": list(sweep_tiles(report)),
+        "words": _POINTS,
+        "failures": failures,
+    }
+    if any(point.parts for point in report.points):
+        from lora_merge_cli.reports.charts import sweep_charts
+
+        context |= _drawn(sweep_charts(report))
     return context
 
 
@@ -223,56 +285,14 @@ def _tally(checks: Iterable[CheckRecord]) -> Iterator[tuple[str, int, str]]:
         yield status, counts[status], word.removesuffix("s") if counts[status] == 1 else word
 
 
-def _tiles(report: MergeReport | VerifyReport) -> Iterator[Tile]:
-    adapters = beside(report)
-    experts = Counter(site.group for site in report.sites)
-    by_expert = ", ".join(f"{count} {group}" for group, count in experts.items())
-    if adapters:
-        yield "sites", str(len(report.sites)), f"of {counted(len(adapters), 'adapter')}"
-    else:
-        yield "adapters", str(len(report.sites)), by_expert
-    largest = max(report.sites, key=lambda site: site.relative_norm or 0, default=None)
-    if largest is not None and largest.relative_norm is not None:
-        yield "largest |delta| / |kernel|", figure(largest.relative_norm), largest.label
-    gains = [(kept.gain_along_inputs, site.label) for site, kept in _served(report) if kept is not None]
-    if gains:
-        yield f"least gain in {report.serving_dtype}", figure(min(gains)[0]), min(gains)[1]
-    shares = [(site.proof.worst_share, site.label) for site in report.sites if site.proof is not None]
-    if shares:
-        worst = max(shares, key=lambda share: float("inf") if share[0] is None else share[0])
-        yield "worst share of its bound", "not finite" if worst[0] is None else figure(worst[0]), worst[1]
-    if isinstance(report, MergeReport):
-        planned = (
-            "of arrays" if report.bytes_on_disk is None else f"on disk; {byte_size(report.output_bytes)} of arrays"
-        )
-        yield "output", byte_size(report.bytes_on_disk or report.output_bytes), planned
-    yield from _costs(report)
-
-
-def _served(report: ModelReport) -> Iterator[tuple[SiteRecord, Any]]:
-    for site in report.sites:
-        kept = survival_for(site, report.serving_dtype)
-        yield site, kept if kept is not None and kept.gain_along_inputs is not None else None
-
-
-def _costs(report: MergeReport | VerifyReport | DiffReport) -> Iterator[Tile]:
-    if report.seconds is not None:
-        device = report.device if isinstance(report, MergeReport) else None
-        yield "time", _time(report.seconds), f"on {device}" if device else ""
-    if report.peak_rss_bytes is not None:
-        yield "peak memory", byte_size(report.peak_rss_bytes), "resident"
-    elif isinstance(report, MergeReport):
-        yield "peak memory", byte_size(report.peak_bytes_planned), "estimated"
-
-
-def _by_reason(report: MergeReport) -> Mapping[str, list[str]]:
+def _by_reason(report: OutputReport) -> Mapping[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     for leaf in report.dropped:
         reasons.setdefault(leaf.reason, []).append(leaf.path)
     return reasons
 
 
-def _names(report: MergeReport | VerifyReport | DiffReport) -> list[tuple[str, SourceRecord, str | None]]:
+def _names(report: AnyReport) -> list[tuple[str, SourceRecord, str | None]]:
     """Each source with its name and, of an adapter, its weight."""
     names = source_names(report.sources)
     return [(name, source, weight_in_words(source)) for name, source in zip(names, report.sources, strict=True)]
@@ -282,10 +302,6 @@ def _tolerance(report: DiffReport) -> Tile:
     if report.atol is None or report.rtol is None:
         return "tolerance", "none", "only equal bits are equal"
     return "tolerance", f"{report.atol:.3g} + {report.rtol:.3g}", "absolute, and relative to A"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def _value(value: float | int | str | None) -> str:

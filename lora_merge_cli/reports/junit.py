@@ -1,4 +1,4 @@
-"""The report as JUnit XML, for continuous integration: a check is a test case, and so is a prefix of a comparison."""
+"""The report as JUnit XML, for continuous integration: a check, a prefix of a comparison and an alpha of a sweep are test cases."""
 
 from __future__ import annotations
 
@@ -8,14 +8,35 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from lora_merge_cli.report import CheckRecord, DifferenceRecord, DiffReport, MergeReport, ModelReport, VerifyReport
+from lora_merge_cli.report import (
+    CheckRecord,
+    DifferenceRecord,
+    DiffReport,
+    InterpolateReport,
+    MergeReport,
+    ModelReport,
+    PointRecord,
+    Report,
+    SweepReport,
+    VerifyReport,
+)
+from lora_merge_cli.reports import AnyReport
 from lora_merge_cli.reports.escaping import visible
-from lora_merge_cli.reports.words import adapters_in_words, brought, model_name, why
+from lora_merge_cli.reports.parts import share_of_base
+from lora_merge_cli.reports.words import (
+    adapters_in_words,
+    brought,
+    byte_size,
+    mixing_in_words,
+    mixing_of,
+    model_name,
+    why,
+)
 
 _AGREEING = ("equal", "within")
 
 
-def to_junit(report: MergeReport | VerifyReport | DiffReport) -> str:
+def to_junit(report: AnyReport) -> str:
     """One test suite, with a final newline."""
     suite = TestSuite(f"lora-merge {report.command}")
     suite.add_testcases(list(_cases(report)))
@@ -29,16 +50,18 @@ def to_junit(report: MergeReport | VerifyReport | DiffReport) -> str:
     return text.getvalue().decode()
 
 
-def _cases(report: MergeReport | VerifyReport | DiffReport) -> Iterator[TestCase]:
+def _cases(report: AnyReport) -> Iterator[TestCase]:
     if isinstance(report, DiffReport):
         yield from _prefix_cases(report)
-    elif isinstance(report, MergeReport) and not report.checks:
-        yield _merge_case(report)
+    elif isinstance(report, SweepReport):
+        yield from (_point_case(point, report) for point in report.points)
+    elif not isinstance(report, VerifyReport) and not report.checks:
+        yield _output_case(report)
     else:
         yield from (_check_case(check, _place(report)) for check in report.checks)
 
 
-def _place(report: ModelReport) -> str:
+def _place(report: ModelReport | SweepReport) -> str:
     return model_name(report) or report.dialect
 
 
@@ -56,16 +79,45 @@ def _check_case(check: CheckRecord, model: str) -> TestCase:
     return case
 
 
-def _merge_case(report: MergeReport) -> TestCase:
-    case = _case("merge", _place(report))
-    warnings = (f"warning: {visible(warning)}" for warning in report.warnings)
-    case.system_out = "\n".join((f"{report.status}: {adapters_in_words(report)}", *_leaves(report), *warnings))
+def _output_case(report: MergeReport | InterpolateReport) -> TestCase:
+    case = _case(report.command, _place(report))
+    mixing = mixing_of(report)
+    done = adapters_in_words(report) if mixing is None else visible(mixing_in_words(mixing))
+    case.system_out = "\n".join((f"{report.status}: {done}", *_leaves(report), *_warnings(report)))
     return case
 
 
-def _leaves(report: MergeReport) -> Iterator[str]:
+def _leaves(report: MergeReport | InterpolateReport) -> Iterator[str]:
     for leaf in brought(report.copied):
         yield visible(f"{leaf.origin}: {leaf.path}, {why(leaf)}")
+    if isinstance(report, InterpolateReport):
+        yield from (visible(f"NOT interpolated: {path}, it has no base") for path in report.not_interpolated)
+
+
+def _warnings(report: Report) -> Iterator[str]:
+    yield from (f"warning: {visible(warning)}" for warning in report.warnings)
+
+
+def _point_case(point: PointRecord, report: SweepReport) -> TestCase:
+    case = _case(f"alpha {point.alpha:g}", _place(report))
+    if point.status == "failed":
+        case.result = _failure(visible(point.error or "no reason is known"), [visible(point.output)])
+    else:
+        case.system_out = "\n".join((*_point(point), *_warnings(report)))
+    return case
+
+
+def _point(point: PointRecord) -> Iterator[str]:
+    size = "" if point.bytes_on_disk is None else f", {byte_size(point.bytes_on_disk)}"
+    yield f"{point.status}: {visible(point.output)}{size}"
+    for part in point.parts:
+        figures = {
+            "distance / |W_base|": share_of_base(part.distance, part),
+            "gain stored": part.gain_stored,
+            "gain served": part.gain_served,
+        }
+        known = {name: value for name, value in figures.items() if value is not None}
+        yield f"{visible(part.part)}: {', '.join(_figures(known))}"
 
 
 def _prefix_cases(report: DiffReport) -> Iterator[TestCase]:

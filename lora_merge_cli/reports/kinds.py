@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lora_merge_cli.report import SiteRecord
+from lora_merge_cli.reports.words import alphas_in_words
 
 if TYPE_CHECKING:
     from lora_merge_cli.inspection import SiteRow
@@ -124,6 +125,12 @@ def spread(values: Iterable[float], mark: str = "") -> str:
     distinct = sorted(set(values))
     ends = distinct if len(distinct) < 2 else (distinct[0], distinct[-1])
     return "-".join(f"{value:.4g}" for value in ends) + mark
+
+
+def alpha_spread(sites: Iterable[SiteRecord]) -> str:
+    """The alphas of sites that share a row."""
+    alphas = [alpha for site in sites for alpha in site.alphas]
+    return alphas_in_words((min(alphas), max(alphas)))
 
 
 def rank_spread(sites: Iterable[S]) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from lora_merge_cli.report import DiffReport, MergeReport, SourceRecord, VerifyReport
-from lora_merge_cli.reports import markdown_diff, markdown_model
+from lora_merge_cli.report import DiffReport, SourceRecord, SweepReport
+from lora_merge_cli.reports import AnyReport, markdown_diff, markdown_model, markdown_sweep
 from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.markdown_blocks import bullets
 from lora_merge_cli.reports.words import source_names, weight_in_words
 
 
-def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool = True) -> str:
+def to_markdown(report: AnyReport, *, tables: bool = True) -> str:
     """The report, most important things first.
 
     Args:
         report: What to tell.
-        tables: Whether to tell of each site or leaf, and of the inputs.
+        tables: Whether to tell of each site, leaf or alpha, and of the inputs.
     """
     if isinstance(report, DiffReport):
         findings, rest = markdown_diff.findings(report), markdown_diff.tables(report)
+    elif isinstance(report, SweepReport):
+        findings, rest = markdown_sweep.findings(report), markdown_sweep.tables(report)
     else:
         findings, rest = markdown_model.findings(report), markdown_model.tables(report)
     blocks = [headline(report), ", ".join(map(_source, source_names(report.sources), report.sources)), *findings]
@@ -30,10 +32,13 @@ def to_markdown(report: MergeReport | VerifyReport | DiffReport, *, tables: bool
     return "\n\n".join(blocks) + "\n"
 
 
-def headline(report: MergeReport | VerifyReport | DiffReport) -> str:
+def headline(report: AnyReport) -> str:
     """The verdict, as a heading."""
-    verdict = markdown_diff.verdict(report) if isinstance(report, DiffReport) else markdown_model.verdict(report)
-    return f"# {verdict}"
+    if isinstance(report, DiffReport):
+        return f"# {markdown_diff.verdict(report)}"
+    if isinstance(report, SweepReport):
+        return f"# {markdown_sweep.verdict(report)}"
+    return f"# {markdown_model.verdict(report)}"
 
 
 def _source(name: str, source: SourceRecord) -> str:

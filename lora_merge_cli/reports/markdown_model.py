@@ -1,15 +1,24 @@
-"""What the Markdown of a merge and of its judge says."""
+"""What the Markdown of a merge, of an interpolation and of their judge says."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from lora_merge_cli.report import CheckRecord, LeafRecord, MergeReport, SiteRecord, VerifyReport
+from lora_merge_cli.report import (
+    CheckRecord,
+    InterpolateReport,
+    LeafRecord,
+    OutputReport,
+    SiteRecord,
+    VerifyReport,
+)
+from lora_merge_cli.reports import AnyModelReport, markdown_interpolation
 from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.kinds import (
     MANY_SITES,
     MOST_KINDS,
+    alpha_spread,
     largest,
     least,
     middle,
@@ -18,20 +27,22 @@ from lora_merge_cli.reports.kinds import (
     site_kinds,
 )
 from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table, table
+from lora_merge_cli.reports.markdown_inputs import inputs_table, made_with
 from lora_merge_cli.reports.words import (
     adapter_mark,
     adapters_in_words,
+    alphas_in_words,
     beside,
     brought,
     byte_size,
     counted,
     figure,
     gain_along_inputs,
+    mixing_in_words,
+    mixing_of,
     model_name,
     short_scale,
-    source_names,
     untouched,
-    weight_in_words,
     why,
 )
 
@@ -45,13 +56,15 @@ _GAIN = (
 )
 
 
-def verdict(report: MergeReport | VerifyReport) -> str:
+def verdict(report: AnyModelReport) -> str:
     """The outcome in a few words."""
     name = model_name(report)
     if isinstance(report, VerifyReport):
         outcome = "verified" if report.status == "passed" else "NOT verified"
         if beside(report):
             outcome = f"{adapters_in_words(report)} {outcome}"
+    elif isinstance(report, InterpolateReport):
+        outcome = markdown_interpolation.outcome(report)
     elif report.status == "rejected":
         outcome = "merge REJECTED"
     else:
@@ -71,10 +84,15 @@ def _tally(checks: Sequence[CheckRecord]) -> Iterator[str]:
         yield f"{counts['skip']} skipped"
 
 
-def findings(report: MergeReport | VerifyReport) -> Iterator[str]:
-    """The checks, those first that somebody has to act upon."""
-    if isinstance(report, MergeReport) and report.status == "rejected":
+def findings(report: AnyModelReport) -> Iterator[str]:
+    """The checks, those first that somebody has to act upon, and which alpha went where."""
+    if report.status == "rejected":
         yield "Nothing was written to the output."
+    mixing = mixing_of(report)
+    if mixing is not None:
+        yield f"Mixing: {prose(mixing_in_words(mixing))}."
+    if isinstance(report, InterpolateReport) and report.not_interpolated:
+        yield from markdown_interpolation.not_interpolated(report)
     if not report.checks:
         return
     remarks = [check for status in ("fail", "warn") for check in report.checks if check.status == status]
@@ -98,17 +116,21 @@ def _keys(check: CheckRecord) -> str:
     return f" ({', '.join(map(code, check.where[:_FIRST_KEYS]))}{more})"
 
 
-def tables(report: MergeReport | VerifyReport) -> Iterator[str]:
+def tables(report: AnyModelReport) -> Iterator[str]:
     """The sites, and what is folded away: the other leaves, the inputs, and how the result came about."""
+    if isinstance(report, InterpolateReport):
+        yield from markdown_interpolation.parts(report)
     if report.sites:
         yield from _sites(report)
-    if isinstance(report, MergeReport):
+    if isinstance(report, InterpolateReport):
+        yield from markdown_interpolation.mixed(report)
+    if isinstance(report, OutputReport):
         yield from _brought(report)
         yield _leaves(report)
-    yield details("Inputs and provenance", _inputs(report), bullets(_provenance(report)))
+    yield details("Inputs and provenance", inputs_table(report.sources), bullets(_provenance(report)))
 
 
-def _sites(report: MergeReport | VerifyReport) -> Iterator[str]:
+def _sites(report: AnyModelReport) -> Iterator[str]:
     yield "## Sites"
     header, rows = (_by_kind if len(report.sites) > MANY_SITES else _site_by_site)(report)
     yield folded_table("rows" if len(report.sites) > MANY_SITES else "sites", header, rows[:MOST_KINDS])
@@ -122,7 +144,7 @@ def _sites(report: MergeReport | VerifyReport) -> Iterator[str]:
             yield "The figures of a kernel are of all adapters on it together."
 
 
-def _site_by_site(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[str]]]:
+def _site_by_site(report: AnyModelReport) -> tuple[list[str], list[list[str]]]:
     if isinstance(report, VerifyReport):
         header = ["site", "rank", "scale", "|delta|/|kernel|", "worst share of its bound", "forward error"]
         header += ["gain stored", "gain served"]
@@ -140,10 +162,12 @@ def _site_by_site(report: MergeReport | VerifyReport) -> tuple[list[str], list[l
             header += ["|delta|/|kernel|", "max abs", "non-finite", *_gain_header(report)]
             for row, site in zip(rows, report.sites, strict=True):
                 row += [figure(site.relative_norm), figure(site.max_abs), str(site.non_finite), *_gains(site, report)]
+    if mixing_of(report) is not None:
+        header, rows = _with_column("alpha", header, rows, [alphas_in_words(site.alphas) for site in report.sites])
     return _with_adapters(report, header, rows, report.sites)
 
 
-def _by_kind(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[str]]]:
+def _by_kind(report: AnyModelReport) -> tuple[list[str], list[list[str]]]:
     found = site_kinds(report.sites)
     header = ["sites", "count", "layers", "rank", "scale"]
     rows = [
@@ -168,10 +192,12 @@ def _by_kind(report: MergeReport | VerifyReport) -> tuple[list[str], list[list[s
         header += [f"least {name}" for name in _gain_header(report)]
         for row, kind in zip(rows, found, strict=True):
             row.extend(_kind_figures(kind.members, report))
+    if mixing_of(report) is not None:
+        header, rows = _with_column("alpha", header, rows, [alpha_spread(kind.members) for kind in found])
     return _with_adapters(report, header, rows, [kind.members[0] for kind in found])
 
 
-def _kind_figures(sites: Sequence[SiteRecord], report: MergeReport | VerifyReport) -> Iterator[str]:
+def _kind_figures(sites: Sequence[SiteRecord], report: AnyModelReport) -> Iterator[str]:
     norms = [site.relative_norm for site in sites]
     yield figure(middle(norms))
     yield figure(largest(norms))
@@ -189,19 +215,25 @@ def _worst_share(sites: Sequence[SiteRecord]) -> str:
     return "not finite" if None in shares else figure(largest(shares))
 
 
-def _gain_header(report: MergeReport | VerifyReport) -> list[str]:
+def _gain_header(report: AnyModelReport) -> list[str]:
     stored = " / ".join(sorted({prose(site.dtype) for site in report.sites}))
     return [f"gain in {stored}", f"gain in {prose(report.serving_dtype)}"]
 
 
 def _with_adapters(
-    report: MergeReport | VerifyReport, header: list[str], rows: list[list[str]], sites: Sequence[SiteRecord]
+    report: AnyModelReport, header: list[str], rows: list[list[str]], sites: Sequence[SiteRecord]
 ) -> tuple[list[str], list[list[str]]]:
     """The table with a column that says which adapter a row is of, if there are several."""
     if len(beside(report)) < 2:
         return header, rows
-    marked = [[row[0], prose(adapter_mark(site)), *row[1:]] for row, site in zip(rows, sites, strict=True)]
-    return [header[0], "adapter", *header[1:]], marked
+    return _with_column("adapter", header, rows, [prose(adapter_mark(site)) for site in sites])
+
+
+def _with_column(
+    name: str, header: list[str], rows: list[list[str]], cells: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """The table with a column more after the first."""
+    return [header[0], name, *header[1:]], [[row[0], cell, *row[1:]] for row, cell in zip(rows, cells, strict=True)]
 
 
 def _proof(site: SiteRecord) -> tuple[str, ...]:
@@ -209,12 +241,12 @@ def _proof(site: SiteRecord) -> tuple[str, ...]:
     return tuple(map(figure, (site.relative_norm, *shares)))
 
 
-def _gains(site: SiteRecord, report: MergeReport | VerifyReport) -> Iterator[str]:
+def _gains(site: SiteRecord, report: AnyModelReport) -> Iterator[str]:
     for dtype in (site.dtype, report.serving_dtype):
         yield figure(gain_along_inputs(site, dtype))
 
 
-def _brought(report: MergeReport) -> Iterator[str]:
+def _brought(report: OutputReport) -> Iterator[str]:
     leaves = brought(report.copied)
     if leaves:
         yield "## Replaced and created leaves"
@@ -225,11 +257,12 @@ def _brought(report: MergeReport) -> Iterator[str]:
         yield folded_table("leaves", ["leaf", "origin", "why", "stored as", "size"], rows)
 
 
-def _leaves(report: MergeReport) -> str:
+def _leaves(report: OutputReport) -> str:
     kept, others = untouched(report.copied), brought(report.copied)
     origins = Counter(leaf.origin for leaf in kept)
     parts = ", ".join(f"{count} {prose(origin)}" for origin, count in sorted(origins.items())) or "none"
-    lines = [f"untouched by adapters: {parts} ({byte_size(sum(leaf.nbytes for leaf in kept))})"]
+    word = "neither adapted nor interpolated" if isinstance(report, InterpolateReport) else "untouched by adapters"
+    lines = [f"{word}: {parts} ({byte_size(sum(leaf.nbytes for leaf in kept))})"]
     reasons: dict[str, list[str]] = {}
     for leaf in report.dropped:
         reasons.setdefault(leaf.reason, []).append(leaf.path)
@@ -237,7 +270,7 @@ def _leaves(report: MergeReport) -> str:
         more = [f"and {len(paths) - _MANY} more"] if len(paths) > _MANY else []
         shown = "".join(f"\n  - {line}" for line in [*map(code, paths[:_MANY]), *more])
         lines.append(f"dropped, {prose(reason)}: {len(paths)}{shown}")
-    summary = [f"{len(kept)} untouched by adapters", *(_count_origins(others)), f"{len(report.dropped)} dropped"]
+    summary = [f"{len(kept)} {word}", *(_count_origins(others)), f"{len(report.dropped)} dropped"]
     return details(f"Leaves: {', '.join(summary)}", bullets(lines))
 
 
@@ -246,41 +279,22 @@ def _count_origins(leaves: Sequence[LeafRecord]) -> Iterator[str]:
         yield f"{count} {origin}"
 
 
-def _inputs(report: MergeReport | VerifyReport) -> str:
-    rows = [
-        [
-            f"{name}, {weight}" if (weight := weight_in_words(source)) else name,
-            code(source.path),
-            prose(source.format),
-            _step(source.step),
-            code(source.fingerprint[:19]),
-        ]
-        for name, source in zip(source_names(report.sources), report.sources, strict=True)
-    ]
-    return table(["input", "path", "format", "step", "fingerprint"], rows)
-
-
-def _step(step: int | None) -> str:
-    return "-" if step is None else str(step)
-
-
-def _provenance(report: MergeReport | VerifyReport) -> Iterator[str]:
+def _provenance(report: AnyModelReport) -> Iterator[str]:
     yield from (f"scale: {prose(source)}" for source in sorted({site.scale_source for site in report.sites}))
     if report.multiplier != 1:
         yield f"every delta multiplied by {report.multiplier:g}"
+    mixing = mixing_of(report)
+    if mixing is not None:
+        yield f"mixing: {prose(mixing_in_words(mixing))}"
     if isinstance(report, VerifyReport):
         yield f"layers looked at per site: {'all' if report.sample is None else report.sample}"
         yield f"a gain below {report.min_gain:g} {'fails' if report.strict else 'warns'}"
     else:
         yield from _output(report)
-    if report.seconds is not None and report.peak_rss_bytes is not None:
-        place = f" on {prose(report.device)}" if isinstance(report, MergeReport) and report.device else ""
-        yield f"{report.seconds:.1f} s{place}, peak {byte_size(report.peak_rss_bytes)} resident"
-    if report.versions:
-        yield ", ".join(f"{prose(name)} {prose(version)}" for name, version in report.versions.items())
+    yield from made_with(report, report.device if isinstance(report, OutputReport) else None)
 
 
-def _output(report: MergeReport) -> Iterator[str]:
+def _output(report: OutputReport) -> Iterator[str]:
     yield f"output: {byte_size(report.output_bytes)} of arrays"
     if report.bytes_on_disk is not None and report.output is not None:
         yield f"on disk: {byte_size(report.bytes_on_disk)} at {code(report.output)}"

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from lora_merge_cli import report
-from lora_merge_cli.report import DiffReport, MergeReport, VerifyReport
+from lora_merge_cli.reports import AnyReport
 
 
 def report_schema() -> dict[str, Any]:
     """What every JSON report conforms to; draft 2020-12."""
     from pydantic import Field, TypeAdapter
 
-    union = Annotated[MergeReport | VerifyReport | DiffReport, Field(discriminator="command")]
+    union = Annotated[AnyReport, Field(discriminator="command")]
     schema = TypeAdapter[Any](union).json_schema(mode="serialization")
     docs = _field_docs()
     schema["$defs"] = {
@@ -25,7 +25,7 @@ def report_schema() -> dict[str, Any]:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lora-merge report",
-        "description": "What a merge, a verification or a comparison found.",
+        "description": "What a merge, an interpolation, a sweep of several, a verification or a comparison found.",
     }
     return head | schema
 

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_merge_cli.report import (
+    InterpolateReport,
     LayerRecord,
     LeafRecord,
-    MergeReport,
+    MixedRecord,
+    MixingRecord,
     ModelReport,
+    OutputReport,
     SiteRecord,
     SourceRecord,
     SurvivalRecord,
+    SweepReport,
+    VerifyReport,
 )
 
 STATUS_WORDS = {
@@ -65,7 +70,7 @@ def short_scale(site: SiteRecord) -> str:
     return f"{site.scale:.4g}{' (assumed)' if site.scale_assumed else ''}"
 
 
-def survival_for(site: SiteRecord | LayerRecord, dtype: str) -> SurvivalRecord | None:
+def survival_for(site: SiteRecord | LayerRecord | MixedRecord, dtype: str) -> SurvivalRecord | None:
     """The figures for one dtype, if measured."""
     return next((survival for survival in site.survival if survival.dtype == dtype), None)
 
@@ -80,18 +85,18 @@ def adapters_in_words(report: ModelReport) -> str:
     adapters = beside(report)
     if not adapters:
         return counted(len(report.sites), "adapter")
-    whole = len(brought(report.copied)) if isinstance(report, MergeReport) else 0
+    whole = len(brought(report.copied)) if isinstance(report, OutputReport) else 0
     parts = [counted(len(report.sites), "site")] if report.sites or not whole else []
     parts += [counted(whole, "leaf", "leaves")] if whole else []
     return f"{' and '.join(parts)} of {counted(len(adapters), 'adapter')}"
 
 
-def model_name(report: ModelReport) -> str | None:
+def model_name(report: ModelReport | SweepReport) -> str | None:
     """The model; None where nobody knows it."""
     return None if report.model == _UNKNOWN else report.model
 
 
-def subject(report: ModelReport) -> str:
+def subject(report: ModelReport | SweepReport) -> str:
     """What a report is of: the model, or the directory of one that nobody knows."""
     merged_into = next((Path(source.path).name for source in report.sources if source.role == "checkpoint"), None)
     return model_name(report) or merged_into or "a checkpoint"
@@ -141,3 +146,37 @@ def gain_along_inputs(site: SiteRecord | LayerRecord, dtype: str) -> float | Non
     """What an input that the adapter reacts to sees of the delta in one dtype, if measured."""
     survival = survival_for(site, dtype)
     return survival.gain_along_inputs if survival else None
+
+
+def alphas_in_words(alphas: tuple[float, ...]) -> str:
+    """The alphas of a leaf or of a part, from the first layer to the last: ``0.5``, or ``0.2 to 0.9``; a dash without any."""
+    if not alphas:
+        return "-"
+    first, last = f"{alphas[0]:g}", f"{alphas[-1]:g}"
+    return first if first == last else f"{first} to {last}"
+
+
+def mixing_of(report: ModelReport) -> MixingRecord | None:
+    """Which alpha goes where, if the report is of an interpolation."""
+    return report.mixing if isinstance(report, InterpolateReport | VerifyReport) else None
+
+
+def mixing_in_words(mixing: MixingRecord) -> str:
+    """Which alpha goes where: ``alpha 0.5; PaliGemma/img/**: 0; layers 0.2 to 0.9``."""
+    return _mixing(f"alpha {mixing.alpha:g}", mixing)
+
+
+def sweep_in_words(report: SweepReport) -> str:
+    """Which alphas a sweep has, and where they do not go: ``alpha 0, 0.5, 1; PaliGemma/img/**: 0``."""
+    return _mixing(f"alpha {', '.join(f'{point.alpha:g}' for point in report.points)}", report.mixing)
+
+
+def _mixing(alphas: str, mixing: MixingRecord) -> str:
+    parts = [f"{alphas} of the adapters' deltas alone, for want of a base" if mixing.deltas_only else alphas]
+    parts += [f"{override.glob}: {override.alpha:g}" for override in mixing.overrides]
+    if mixing.schedule is not None:
+        parts.append(f"layers {alphas_in_words(mixing.schedule)}")
+    if mixing.only_common is not None:
+        whose = "the base's" if mixing.only_common == "base" else "the fine-tune's"
+        parts.append(f"leaves that are not common: {whose}")
+    return "; ".join(parts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_merge_cli.lowrank import delta_singular_values, mean_spectrum
 from lora_merge_cli.records import AdapterSite, Array, Region
 
 _EPSILON = 2.0**-24
@@ -27,11 +28,26 @@ class Adapted:
     """What its change is multiplied by: the adapter's weight, times the whole merge's multiplier."""
     gain: Array | None = None
     """DoRA's ``m / |W + delta|`` per output, float64; None for what has no magnitude."""
+    alphas: tuple[float, ...] = (1.0,)
+    """What its change is multiplied by besides: one for all layers, or one per stacked layer."""
 
     @property
     def scale(self) -> float:
         """The site's own."""
         return float(self.site.parameters.scale.value or 0.0)
+
+    def alpha_of(self, layer: int) -> float:
+        """The alpha of a stacked layer; of the kernel where none are stacked."""
+        return self.alphas[layer if len(self.alphas) > 1 else 0]
+
+    @property
+    def spectrum(self) -> tuple[float, ...]:
+        """Singular values of the product of its factors, times all that it is multiplied by; see `lowrank.mean_spectrum`."""
+        equation = self.site.parameters.equation
+        values = delta_singular_values(equation, self.lora_a, self.lora_b)
+        # The layers come first among the batch dims.
+        alphas = np.repeat(np.abs(self.alphas), len(values) // len(self.alphas))
+        return mean_spectrum([values * alphas[:, None]], self.scale * self.weight)
 
     def left(self) -> Array:
         """lora_a, dims batch, inputs, rank."""
@@ -48,9 +64,9 @@ class Adapted:
         summed = tuple(equation.b.index(dim) for dim in equation.summed)
         kept = "".join(dim for dim in equation.b if dim not in equation.summed)
         values = np.abs(self.lora_b) if magnitudes else self.lora_b
-        factor = self.scale * self.weight
         b = _arranged(values.sum(axis=summed), kept, equation.batch + equation.rank + equation.outputs)
-        b = b * (abs(factor) if magnitudes else factor)
+        factor = self._weights(self.scale, b.ndim)
+        b = b * (np.abs(factor) if magnitudes else factor)
         if self.gain is None:
             return b
         gain = np.abs(self.gain) if magnitudes else self.gain
@@ -59,7 +75,11 @@ class Adapted:
     @property
     def extra_gain(self) -> Array | None:
         """What W itself is multiplied by besides 1, dims batch, outputs."""
-        return None if self.gain is None else self.weight * (self.gain - 1.0)
+        return None if self.gain is None else self._weights(1.0, self.gain.ndim) * (self.gain - 1.0)
+
+    def _weights(self, scale: float, axes: int) -> Array:
+        """`weight` and `alphas` times a scale, for an array of so many axes: the layers come first."""
+        return np.reshape([scale * self.weight * alpha for alpha in self.alphas], (-1, *[1] * (axes - 1)))
 
     @property
     def steps(self) -> int:

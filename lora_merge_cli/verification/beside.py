@@ -75,7 +75,7 @@ def _config_mistakes(config: Mapping[str, Any] | None, wanted: Mapping[str, Any]
 def _dtype_mistakes(config: Mapping[str, Any], merged: Checkpoint, expectation: Expectation) -> Iterator[str]:
     """A loader casts to the dtype that the configuration states: it must hold what was merged."""
     stated = next((config[key] for key in _DTYPE_KEYS if isinstance(config.get(key), str)), None)
-    changed = {leaf.change.path for leaf in expectation.leaves.values() if leaf.change.changes}
+    changed = {leaf.change.path for leaf in expectation.leaves.values() if leaf.change.changes or leaf.change.asked}
     tensors = merged.source.index().tensors
     stored = {tensors[path].dtype for path in changed & tensors.keys() if is_float(tensors[path].dtype)}
     if stated not in _DTYPES:

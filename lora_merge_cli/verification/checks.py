@@ -12,6 +12,7 @@ from lora_merge_cli.errors import UsageError
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.report import CheckRecord
 from lora_merge_cli.verification.examination import Findings, SiteFinding
+from lora_merge_cli.verification.expectation import ExpectedLeaf
 from lora_merge_cli.verification.site_judge import LayerVerdict
 
 CHECK_IDS = (
@@ -21,6 +22,7 @@ CHECK_IDS = (
     "finite",
     "untouched-bits",
     "replaced",
+    "interpolated",
     "fused-exact",
     "forward",
     "delta-survival",
@@ -33,6 +35,7 @@ CHECK_IDS = (
 _MANY = 8
 _NOTHING = 0.01
 _SAME_DIRECTION = 0.995
+_NO_DELTA = "at alpha 0 no adapter adds anything"
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,37 @@ def replaced(findings: Findings) -> CheckRecord:
     return CheckRecord("replaced", "pass", f"{leaves} what the adapter brings, rounded once", figures)
 
 
+def interpolated(findings: Findings, *, asked: bool) -> CheckRecord:
+    """Every interpolated leaf without an adapter is what the base and the fine-tune make of it at its alpha."""
+    found = findings.mixed
+    if not asked:
+        return CheckRecord("interpolated", "skip", "no interpolation")
+    if not found:
+        return CheckRecord("interpolated", "skip", "no leaf without an adapter is interpolated")
+    wrong = sorted((name for name, leaf in found.items() if leaf.wrong), key=lambda name: -found[name].wrong)
+    share = max(leaf.worst_share for leaf in found.values())
+    figures = {
+        "leaves": len(found),
+        "moved": sum(leaf.moved for leaf in found.values()),
+        "wrong": len(wrong),
+        "entries": sum(leaf.wrong for leaf in found.values()),
+        "worst_share": share if math.isfinite(share) else None,
+    }
+    if wrong:
+        worst = found[wrong[0]]
+        message = (
+            f"{len(wrong)} of {len(found)} leaves are not what the two sides make of them at their alpha; the most: {wrong[0]} "
+            f"({worst.wrong} entries; {worst.in_words})"
+        )
+        return CheckRecord("interpolated", "fail", message, figures, tuple(wrong[:_MANY]))
+    leaves = "1 leaf is" if len(found) == 1 else f"{len(found)} leaves are"
+    message = (
+        f"{leaves} what the two sides make of them at their alpha, {figures['moved']} of which the fine-tune moved; "
+        f"the worst entry takes {share:.0%} of its bound"
+    )
+    return CheckRecord("interpolated", "pass", message, figures)
+
+
 def _change(found: Comparison) -> float:
     """How much a leaf changed; the most where it was zero, or is no longer finite."""
     return math.inf if found.relative_l2 is None or found.non_finite else found.relative_l2
@@ -218,6 +252,8 @@ def forward(findings: Findings, judging: Judging, serving_dtype: str) -> CheckRe
     layers = _layers(findings)
     if not layers:
         return CheckRecord("forward", "skip", "no kernel could be run")
+    if not any(found.has_delta for found in findings.sites.values()):
+        return CheckRecord("forward", "skip", _NO_DELTA)
     errors = {where: verdict.forward for where, (_, _, verdict) in layers.items()}
     measured = {where: found.error for where, found in errors.items() if found.error is not None}
     served = {where: found.served for where, found in errors.items() if found.served is not None}
@@ -248,6 +284,8 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
     """How much of each delta the stored and the serving dtype keep."""
     if not findings.sites:
         return CheckRecord("delta-survival", "skip", "no kernel could be compared")
+    if not any(found.has_delta for found in findings.sites.values()):
+        return CheckRecord("delta-survival", "skip", _NO_DELTA)
     figures: dict[str, float | int | str | None] = {}
     low: list[str] = []
     names: list[str] = []
@@ -275,7 +313,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
                 f"{'the result is not what the adapter makes of the kernel' if stored_wide else advice}"
             )
             names += [name for name in lost if name not in names]
-    zero = [name for name, found in findings.sites.items() if found.total.max_abs == 0]
+    zero = [name for name, found in findings.sites.items() if found.has_delta and found.total.max_abs == 0]
     if zero:
         low.append(f"{len(zero)} deltas are exactly zero")
         names += zero
@@ -301,6 +339,8 @@ def base(findings: Findings, judging: Judging, *, given: bool) -> CheckRecord:
     """The leaves that the fine-tune froze are the base's, rounded, bit for bit."""
     if not given:
         return CheckRecord("base", "skip", "no --base")
+    if not findings.frozen:
+        return CheckRecord("base", "skip", "no leaf was frozen: the fine-tune may have moved each")
     figures = {"leaves": findings.frozen, "differing": len(findings.not_frozen)}
     if findings.not_frozen:
         message = (
@@ -337,12 +377,22 @@ def _reason(found: SiteFinding, layer: int) -> str:
         return "not finite"
     survival = verdict.moments.survival(found.dtype.name)
     if survival.gain is None:
+        if found.leaf.alpha_of(layer) == 0:
+            return "a change at alpha 0: it must be the kernel without the adapter, bit for bit"
         return "a change where the adapter makes none"
     if survival.unchanged == 1 or (abs(survival.gain) < _NOTHING and (survival.relative_error or 0) < 1 + _NOTHING):
         return "the adapter is missing"
     if survival.cosine is not None and survival.cosine > _SAME_DIRECTION:
-        if round(survival.gain, 2) == 1:
-            return "the adapter is there, and the rest is off"
-        twice = " (merged twice?)" if round(survival.gain, 2) == 2 else " (another scale?)"
-        return f"the adapter is there {survival.gain:.2f} times{twice}"
+        return _scaled(found.leaf, layer, survival.gain)
     return "another delta (a wrong equation, layer, adapter or orientation?)"
+
+
+def _scaled(leaf: ExpectedLeaf, layer: int, gain: float) -> str:
+    """Which mistake would make a delta that is there so many times."""
+    if round(gain, 2) == 1:
+        return "the adapter is there, and the rest is off"
+    if leaf.mixed:
+        alpha = leaf.alpha_of(layer)
+        return f"as if alpha were {alpha * gain:.2f}, not {alpha:g}"
+    twice = " (merged twice?)" if round(gain, 2) == 2 else " (another scale?)"
+    return f"the adapter is there {gain:.2f} times{twice}"

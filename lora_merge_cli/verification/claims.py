@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.options import MergeOptions
+from lora_merge_cli.recording import mixing_record
 from lora_merge_cli.records import first_names
-from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.report import CheckRecord, MixingRecord, OverrideRecord
 from lora_merge_cli.verification.examination import Findings
 from lora_merge_cli.verification.expectation import Expectation
 
@@ -36,6 +38,8 @@ class Claims:
     """That of the checkpoint that was merged."""
     adapters: tuple[tuple[str, float], ...] = ()
     """Fingerprint and weight of each adapter beside that checkpoint."""
+    mixing: MixingRecord | None = None
+    """Which alpha went where; None of a merge."""
     sites: Mapping[SiteKey, Mapping[str, Any]] = field(default_factory=dict)
     """The records of its sites by kernel name and adapter."""
 
@@ -67,21 +71,45 @@ def read_claims(merged: Checkpoint) -> Claims | None:
                 for source in document["sources"]
                 if source["role"] == "adapter"
             ),
+            mixing=_mixing(document["mixing"]) if document.get("command") == "interpolate" else None,
             sites={(site["target"], site.get("adapter")): dict(site) for site in document["sites"]},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Claims(problem=f"{type(error).__name__}: {error}")
 
 
+def _mixing(document: Mapping[str, Any]) -> MixingRecord:
+    """The mixing that a report states.
+
+    Raises:
+        KeyError, TypeError, ValueError: It states none.
+    """
+    schedule = document["schedule"]
+    if schedule is not None:
+        first, last = schedule
+        schedule = _number(first), _number(last)
+    found = MixingRecord(
+        alpha=_number(document["alpha"]),
+        overrides=tuple(OverrideRecord(str(each["glob"]), _number(each["alpha"])) for each in document["overrides"]),
+        schedule=schedule,
+        only_common=document["only_common"],
+        deltas_only=bool(document["deltas_only"]),
+    )
+    alphas = (found.alpha, *(each.alpha for each in found.overrides), *(found.schedule or ()))
+    if not all(map(math.isfinite, alphas)):
+        raise ValueError("an alpha is no number")
+    return found
+
+
 def check_provenance(
-    claims: Claims | None, inputs: Inputs, expectation: Expectation, findings: Findings, multiplier: float
+    claims: Claims | None, inputs: Inputs, expectation: Expectation, findings: Findings, options: MergeOptions
 ) -> CheckRecord:
     """Whether the provenance agrees with the flags, the checkpoint and the result."""
     if claims is None:
         return CheckRecord(ID, "skip", "no lora_merge.json: nothing is claimed")
     if claims.problem is not None:
         return CheckRecord(ID, "fail", f"lora_merge.json is no record of a merge ({claims.problem})")
-    wrong = list(_disagreements(claims, inputs, expectation, findings, multiplier))
+    wrong = list(_disagreements(claims, inputs, expectation, findings, options))
     doubts = [f"lora_merge.json {first_names(wrong, 3)}"] if wrong else []
     if expectation.claimed:
         doubts.append(
@@ -100,9 +128,11 @@ def check_provenance(
 
 
 def _disagreements(
-    claims: Claims, inputs: Inputs, expectation: Expectation, findings: Findings, multiplier: float
+    claims: Claims, inputs: Inputs, expectation: Expectation, findings: Findings, options: MergeOptions
 ) -> Iterator[str]:
-    has_base = inputs.base is not None
+    has_base, multiplier = inputs.base is not None, options.multiplier
+    mixing = None if options.mixing is None else mixing_record(options.mixing)
+    yield from _mixing_disagreements(claims.mixing, mixing)
     if not math.isclose(claims.multiplier, multiplier, rel_tol=1e-9):
         yield f"says --scale {claims.multiplier:g}, and this judges {multiplier:g}: pass --scale {claims.multiplier:g}"
     if claims.base is not None and not has_base:
@@ -118,6 +148,8 @@ def _disagreements(
         ("does not say that these were merged", expected - claims.sites.keys()),
     ):
         yield from _differences(words, {name for name, _ in keys})
+    if claims.mixing == mixing:
+        yield from _differences("says other alphas", set(_other_alphas(claims, expectation)))
     for site in expectation.sites:
         record = claims.sites.get((site.name, site.adapter))
         if record is None:
@@ -131,6 +163,41 @@ def _disagreements(
             yield f"says {record.get('dtype')} at {site.name}, and it is {found.dtype.name}"
         if found is not None and record.get("adapter_digest") not in (None, found.of(site)[1]):
             yield f"was written for another adapter at {site.name}"
+
+
+def _other_alphas(claims: Claims, expectation: Expectation) -> Iterator[str]:
+    alphas = {leaf.change.path: list(leaf.change.alphas) for leaf in expectation.leaves.values()}
+    for site in expectation.sites:
+        record = claims.sites.get((site.name, site.adapter), {})
+        if record.get("alphas", alphas[site.targets[0]]) != alphas[site.targets[0]]:
+            yield site.name
+
+
+def _mixing_disagreements(claimed: MixingRecord | None, judged: MixingRecord | None) -> Iterator[str]:
+    if claimed == judged:
+        return
+    if claimed is None:
+        yield "says that it is of a merge, and --alpha is given"
+    elif judged is None:
+        yield f"says that it is an interpolation: pass --alpha {claimed.alpha}, and what else it was made with"
+    else:
+        for flag, one, other in (
+            ("--alpha", claimed.alpha, judged.alpha),
+            ("--alpha-for", _in_words(claimed.overrides), _in_words(judged.overrides)),
+            ("--alpha-schedule", _ends(claimed.schedule), _ends(judged.schedule)),
+            ("--only-common", claimed.only_common or "none", judged.only_common or "none"),
+            ("--deltas-only", claimed.deltas_only, judged.deltas_only),
+        ):
+            if one != other:
+                yield f"says {flag} {one}, and this judges {other}"
+
+
+def _in_words(overrides: Sequence[OverrideRecord]) -> str:
+    return " ".join(f"{found.glob}={found.alpha}" for found in overrides) or "none"
+
+
+def _ends(schedule: tuple[float, float] | None) -> str:
+    return "none" if schedule is None else f"layer={schedule[0]}:{schedule[1]}"
 
 
 def _differences(words: str, names: Sequence[str] | set[str]) -> Iterator[str]:

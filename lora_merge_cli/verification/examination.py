@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from lora_merge_cli.changes import LeafChange
 from lora_merge_cli.compare import Comparison, compare_blocks, count_non_finite, equals_rounded, same_bytes
 from lora_merge_cli.dialects import looks_like_adapter
 from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float, ulp
@@ -22,7 +23,7 @@ from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import LeafDigest, adapter_digest, spectrum, with_ones
+from lora_merge_cli.lowrank import LeafDigest, adapter_digest, with_ones
 from lora_merge_cli.records import (
     AdapterSite,
     Array,
@@ -42,6 +43,7 @@ from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.adapted import Adapted, Norms
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
 from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
+from lora_merge_cli.verification.mixture import MixtureFinding, MixtureJudge, mixed, summands
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 from lora_merge_cli.verification.start import StartSource
 
@@ -63,7 +65,7 @@ class SiteFinding:
     layers: Mapping[int, LayerVerdict]
     """By number; those that were looked at."""
     spectra: tuple[tuple[float, ...], ...]
-    """Of each of its sites; see `lowrank.spectrum`."""
+    """Of each of its sites; see `Adapted.spectrum`."""
     digests: tuple[str, ...]
     """Of each of its sites; see `lowrank.adapter_digest`."""
 
@@ -71,6 +73,11 @@ class SiteFinding:
     def total(self) -> Moments:
         """Survival of the delta over all layers that were looked at."""
         return Moments.total(verdict.moments for verdict in self.layers.values())
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether some layer that was looked at has any of the deltas: not all are at alpha 0."""
+        return not self.leaf.mixed or any(self.leaf.alpha_of(layer) for layer in self.layers)
 
     def of(self, site: AdapterSite) -> tuple[tuple[float, ...], str]:
         """The spectrum and the digest of one of its sites."""
@@ -113,6 +120,8 @@ class Findings:
     """How many untouched leaves were compared."""
     replaced: dict[str, int] = field(default_factory=dict)
     """Leaves that an adapter brings, in whole or in rows, and how many of their entries are not what it brings."""
+    mixed: dict[str, MixtureFinding] = field(default_factory=dict)
+    """Leaves without a site that are interpolated, or that only the base has."""
     sites: dict[str, SiteFinding] = field(default_factory=dict)
     """By the kernel's name in the checkpoint."""
 
@@ -163,6 +172,8 @@ class Examination:
                 try:
                     if leaf.sites:
                         self._judge(leaf, spec, pool)
+                    elif leaf.change.anchor is not None:
+                        self._compare_mixed(leaf, leaf.change.anchor, spec, pool)
                     elif leaf.change.replacements:
                         self._compare_replaced(leaf, spec)
                     else:
@@ -235,7 +246,8 @@ class Examination:
         if leaf.sites and not is_float(stored):
             self.findings.recast[spec.name] = f"{stored.name}, no floating-point dtype"
             return False
-        if not leaf.change.changes and holds_all_values_of(stored, leaf.dtype):
+        asked = leaf.change.changes or leaf.change.asked
+        if not asked and holds_all_values_of(stored, leaf.dtype):
             self.findings.widened[spec.name] = words
         else:
             self.findings.recast[spec.name] = words
@@ -299,6 +311,29 @@ class Examination:
         if bad:
             self.findings.not_finite[spec.name] = bad
 
+    def _compare_mixed(
+        self, leaf: ExpectedLeaf, anchor: TensorSpec, spec: TensorSpec, pool: ThreadPoolExecutor
+    ) -> None:
+        """A leaf between the base's and the fine-tune's, or one that only the base has."""
+        change = leaf.change
+        judge = MixtureJudge(
+            change.alphas, spec.dtype, self._terms.ulps, _weight(change), one_sided=change.before is None
+        )
+        leaves: list[Leaf] = [(self._inputs.anchor, anchor), (self._judged, spec)]
+        if change.before is not None:
+            start = StartSource(self._inputs, change)
+            leaves.append((start, start.spec))
+        by_layer = len(change.alphas) > 1
+        for region, (before, merged, *tuned) in side_by_side(leaves, range(spec.shape[0]) if by_layer else None, pool):
+            layer = region[0].start if by_layer else 0
+            judge.take(layer, tuned[0] if tuned else before, before, merged, pool)
+            self._listener.advance(spec.name, merged.nbytes)
+        self.findings.mixed[spec.name] = judge.finish()
+        if judge.not_finite:
+            self.findings.not_finite[spec.name] = judge.not_finite
+        elif judge.not_finite_before:
+            self.findings.not_finite_before[spec.name] = judge.not_finite_before
+
     def _stored_alike(self, before: StartSource, after: TensorSpec) -> bool:
         """Whether both leaves are kept as the same bytes."""
         one, other = before.stored(before.spec.path), self._judged.stored(after.path)
@@ -315,34 +350,48 @@ class Examination:
         equation = leaf.sites[0].parameters.equation
         start = StartSource(self._inputs, leaf.change)
         layers = self._layers(equation, spec)
-        where = f"{self._checkpoint.source.path} :: {spec.name}"
-        adapted, digests = self._adapted(leaf, start)
+        beside = self._beside(leaf)
+        added_to = beside if leaf.mixed and leaf.base is not None and beside is not None else (start, start.spec)
+        adapted, digests = self._adapted(leaf, added_to)
+        where = f"{added_to[0].path} :: {added_to[1].name if leaf.mixed else spec.name}"
         judge = SiteJudge(where, adapted, spec.shape, spec.dtype, self._terms, layers)
-        leaves: list[Leaf] = [(start, start.spec), (self._judged, spec)]
-        if leaf.base is not None and self._base is not None:
-            leaves.append((self._base.source, leaf.base))
-        rows = layers if self._sample is not None and equation.stacked else None
-        for region, (kernel, merged, *base) in side_by_side(leaves, rows, pool):
-            judge.take(region, kernel, merged, base[0] if base else None, pool)
+        leaves: list[Leaf] = [(start, start.spec), (self._judged, spec), *([] if beside is None else [beside])]
+        by_layer = self._sample is not None or (leaf.change.anchor is not None and len(leaf.change.alphas) > 1)
+        frozen = True
+        for region, (kernel, merged, *others) in side_by_side(
+            leaves, layers if by_layer and equation.stacked else None, pool
+        ):
+            other = others[0] if others else None
+            if leaf.mixed and leaf.base is not None and other is not None:
+                frozen = frozen and equals_rounded(kernel, other)
+            alpha = leaf.alpha_of(region[0].start if equation.stacked else 0)
+            kernel, base, size = _added_to(leaf, alpha, kernel, other)  # noqa: PLW2901
+            judge.take(region, kernel, merged, base, pool, size)
             self._listener.advance(spec.name, merged.nbytes)
         verdicts = judge.finish()
         bad = sum(verdict.non_finite for verdict in verdicts.values())
+        before = sum(verdict.non_finite_before for verdict in verdicts.values())
         if bad:
             self.findings.not_finite[spec.name] = bad
-        self._note_frozen(leaf, not judge.base_differs)
+        elif before:
+            self.findings.not_finite_before[spec.name] = before
+        self._note_frozen(leaf, frozen and not judge.base_differs)
         self.findings.sites[leaf.source.name] = SiteFinding(
             leaf=leaf,
             stacked=equation.stacked,
             dtype=spec.dtype,
             layers=verdicts,
-            spectra=tuple(
-                spectrum(part.site.parameters.equation, part.lora_a, part.lora_b, part.scale * part.weight)
-                for part in adapted
-            ),
+            spectra=tuple(part.spectrum for part in adapted),
             digests=tuple(digests),
         )
 
-    def _adapted(self, leaf: ExpectedLeaf, start: StartSource) -> tuple[list[Adapted], list[str]]:
+    def _beside(self, leaf: ExpectedLeaf) -> Leaf | None:
+        """What a kernel is compared with: the base's leaf, or the one that an interpolation of its replacement starts from."""
+        if leaf.base is not None and self._base is not None:
+            return self._base.source, leaf.base
+        return None if leaf.change.anchor is None else (self._inputs.anchor, leaf.change.anchor)
+
+    def _adapted(self, leaf: ExpectedLeaf, added_to: Leaf) -> tuple[list[Adapted], list[str]]:
         """The adapters on a kernel, DoRA's norms from a first pass over it, and the digest of each."""
         found, digests = [], []
         for site in leaf.sites:
@@ -351,15 +400,15 @@ class Examination:
             factors = with_ones({role: values.astype(np.float64) for role, (values, _) in leaves.items()})
             gain = None
             if "magnitude" in factors:
-                norms = Norms(site, start.spec.shape, factors)
+                norms = Norms(site, added_to[1].shape, factors)
                 equation = site.parameters.equation
-                for region, (kernel,) in side_by_side([(start, start.spec)]):
+                for region, (kernel,) in side_by_side([added_to]):
                     for piece in _batch_pieces(equation, region):
                         norms.add(piece, kernel[relative(piece, region)])
                 with np.errstate(divide="ignore", invalid="ignore"):
                     gain = factors["magnitude"].reshape(norms.finish().shape) / norms.finish()
             weight = site.weight * self._terms.multiplier
-            found.append(Adapted(site, factors["lora_a"], factors["lora_b"], weight, gain))
+            found.append(Adapted(site, factors["lora_a"], factors["lora_b"], weight, gain, leaf.change.alphas))
         return found, digests
 
     def _layers(self, equation: Equation, spec: TensorSpec) -> Sequence[int]:
@@ -397,6 +446,37 @@ class Examination:
             self.findings.frozen += 1
             if not frozen:
                 self.findings.not_frozen.append(leaf.source.name)
+
+
+def _weight(change: LeafChange) -> float:
+    """The largest weight at which an adapter's own values are mixed into the leaf; 0 where they are taken as they are."""
+    return max((abs(found.weight) for found in change.replacements if found.weight != 1), default=0.0)
+
+
+def _added_to(
+    leaf: ExpectedLeaf, alpha: float, kernel: Array, beside: Array | None
+) -> tuple[Array, Array | None, Array | None]:
+    """What deltas are added to in a block.
+
+    Args:
+        leaf: What the block is of.
+        alpha: How far it is to go.
+        kernel: What the leaf starts as.
+        beside: What `Examination._beside` has there.
+
+    Returns:
+        The kernel that figures are of, the base's that the deltas are added to instead, and the magnitudes of what the kernel is
+        itself a float32 sum of.
+    """
+    if beside is None or not leaf.mixed:
+        return kernel, beside, None
+    if leaf.base is not None:
+        return beside, None, None
+    weight = _weight(leaf.change)
+    with np.errstate(all="ignore"):
+        exact = alpha in (0, 1) and not weight
+        sides = kernel.astype(np.float64), beside.astype(np.float64)
+        return mixed(kernel, beside, alpha), None, None if exact else summands(*sides, alpha, weight)
 
 
 def _batch_pieces(equation: Equation, region: Region) -> Iterator[Region]:

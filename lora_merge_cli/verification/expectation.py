@@ -1,4 +1,4 @@
-"""What a right merge of a checkpoint holds, from its index and the user's flags. Makes no plan, and reads none."""
+"""What a right merge or interpolation of a checkpoint holds, from its index and the user's flags. Makes no plan, and reads none."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_merge_cli.changes import LeafChange, config_changes, leaf_changes, output_dtype
+from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from lora_merge_cli.inputs import Inputs, survey_inputs
 from lora_merge_cli.options import DTYPE_CHOICES, MergeOptions, check_options
-from lora_merge_cli.plan import match_base, nothing_to_merge, refuse_unscaled
-from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec, display
+from lora_merge_cli.outline import outline
+from lora_merge_cli.plan import refuse_nothing, refuse_unscaled
+from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec, display, first_names
 from lora_merge_cli.selection import select
 
 ANY_DTYPE = "any"
@@ -32,6 +33,8 @@ class ExpectedLeaf:
     """What it should be stored in; None where any floating-point dtype will do."""
     base: TensorSpec | None = None
     """The base's leaf: the adapter was added to it, and the fine-tune froze it."""
+    mixed: bool = False
+    """Whether it is interpolated: an alpha has a say."""
 
     @property
     def source(self) -> TensorSpec:
@@ -42,6 +45,11 @@ class ExpectedLeaf:
     def sites(self) -> tuple[AdapterSite, ...]:
         """The adapters that should be in it."""
         return self.change.sites
+
+    def alpha_of(self, layer: int) -> float:
+        """How much of the change to take in a stacked layer; in all of the leaf where that has one alpha."""
+        alphas = self.change.alphas
+        return alphas[layer if len(alphas) > 1 else 0]
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,12 @@ def expect(
     """
     check_options(options, (ANY_DTYPE, *DTYPE_CHOICES))
     dialect = inputs.dialect
-    index = inputs.checkpoint.source.index()
     where = str(inputs.checkpoint.source.path)
     survey = survey_inputs(inputs, options.scales, residual_base=options.residual_base)
     selection = select(dialect, survey, options.include, options.exclude)
     if survey.problems:
         raise survey.problems[0]
-    if not selection:
-        raise nothing_to_merge(inputs, survey)
+    refuse_nothing(inputs, survey, selection, options)
     claimed = tuple(
         site.name
         for site in selection.sites
@@ -95,36 +101,39 @@ def expect(
     )
     selection = dataclasses.replace(selection, sites=sites)
     refuse_unscaled(inputs, sites)
-    bases = match_base(inputs, sites)
-    changes = leaf_changes(inputs, survey, selection, options)
-    gone = {leaf.path for leaf in (*survey.dropped, *selection.dropped) if leaf.adapter is None}
-    gone |= {factor.path for site in sites if site.adapter is None for factor in site.factors.values()}
+    found = outline(inputs, survey, selection, options)
+    selection = found.selection
     leaves: dict[KeyPath, ExpectedLeaf] = {}
     names: dict[str, KeyPath] = {}
-    for path, spec in {**index.tensors, **dict.fromkeys(changes)}.items():
-        if path in gone:
-            continue
+    for path, change in found.leaves.items():
         name = dialect.canonical(path)
         other = names.setdefault(display(name), path)
         if other != path:
             raise CorruptCheckpoint("two leaves of one name", where=where, found=f"{other} and {path}")
-        change = changes[path] if path in changes else LeafChange(path, spec)
         if change.sites and not is_float(change.start.dtype):
             raise UnsupportedCheckpoint(
                 "a kernel that is not floating-point",
                 where=f"{where} :: {change.start.name}",
                 found=change.start.dtype.name,
             )
-        leaves[name] = ExpectedLeaf(change, _expected_dtype(inputs, change, options), bases.get(path))
-    notes = list(survey.notes)
+        leaves[name] = ExpectedLeaf(
+            change,
+            _expected_dtype(inputs, change, options),
+            found.bases.get(path),
+            mixed=options.mixing is not None and change.is_mixed,
+        )
+    notes = [*survey.notes, *found.notes]
+    if found.unmixed:
+        listed = first_names(found.unmixed, 3)
+        notes.append(f"{len(found.unmixed)} leaves are the fine-tune's own at every alpha: {listed}")
     if selection.excluded:
         total = len(survey.sites) + len(survey.replacements)
-        notes.append(f"{selection.excluded} of {total} adapters are left out by --include and --exclude")
-    return Expectation(leaves, sites, tuple(notes), claimed, config_changes(inputs, survey, selection))
+        notes.append(f"{selection.excluded} of {total} adapters are left out by --include, --exclude or --only-common")
+    return Expectation(leaves, selection.sites, tuple(notes), claimed, config_changes(inputs, survey, selection))
 
 
 def _expected_dtype(inputs: Inputs, change: LeafChange, options: MergeOptions) -> np.dtype[Any] | None:
-    if options.dtype == ANY_DTYPE and change.changes:
+    if options.dtype == ANY_DTYPE and (change.changes or change.asked):
         return None if is_float(change.start.dtype) else change.start.dtype
     return output_dtype(change, options, inputs.dialect)
 

@@ -19,6 +19,7 @@ from lora_merge_cli.listening import Listener
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import (
     group_records,
+    mixing_record,
     peak_rss,
     site_record,
     source_record,
@@ -170,6 +171,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         sample=request.judging.sample,
         min_gain=request.judging.min_gain,
         strict=request.judging.strict,
+        mixing=None if request.options.mixing is None else mixing_record(request.options.mixing),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         versions=versions(),
@@ -204,15 +206,16 @@ def judge(
         checks.finite(findings, judging),
         checks.untouched_bits(findings),
         checks.replaced(findings),
+        checks.interpolated(findings, asked=options.mixing is not None),
         checks.fused_exact(findings, judging, has_base=has_base),
         checks.forward(findings, judging, serving),
         checks.delta_survival(findings, judging, serving),
         checks.base(findings, judging, given=has_base),
         check_assets_of(merged, inputs.checkpoint, summary, expectation),
-        check_provenance(claims, inputs, expectation, findings, options.multiplier),
+        check_provenance(claims, inputs, expectation, findings, options),
     )
     notes = list(expectation.notes)
-    if has_base:
+    if has_base and expectation.sites:
         notes.append("judged as the base's own values plus each delta, not as the function that was trained")
     return Verdict(found, _site_records(expectation, findings, dialect), tuple(notes), _sampled(findings, judging))
 
@@ -237,11 +240,10 @@ def _site_records(expectation: Expectation, findings: Findings, dialect: Dialect
     records = []
     for site in expectation.sites:
         found = findings.sites.get(site.name)
-        spec = by_target[site.targets[0]].source
-        if found is None:
-            records.append(site_record(site, spec, spec.dtype.name))
-        else:
-            records.append(_measured(site_record(site, spec, found.dtype.name), site, found, dialect))
+        leaf = by_target[site.targets[0]]
+        dtype = leaf.source.dtype if found is None else found.dtype
+        record = site_record(site, leaf.source, dtype.name, leaf.change.alphas)
+        records.append(record if found is None else _measured(record, site, found, dialect))
     return tuple(records)
 
 

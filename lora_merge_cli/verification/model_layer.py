@@ -44,7 +44,7 @@ class LayerAdapter:
     scale: float
     """What the adapter's output is multiplied by."""
     weight: float
-    """What the adapter's whole change is multiplied by."""
+    """What the adapter's whole change is multiplied by, alpha included."""
     gain: Array | None = None
     """DoRA's magnitude over norm, per output; None for what has none."""
     outputs: str = ""
@@ -59,7 +59,7 @@ class LayerAdapter:
             a if layer is None else a[layer],
             b if layer is None else b[layer],
             adapted.scale,
-            adapted.weight,
+            adapted.weight * adapted.alpha_of(layer or 0),
             adapted.gain if layer is None or adapted.gain is None else adapted.gain[layer],
             adapted.site.parameters.equation.outputs,
         )

@@ -20,6 +20,7 @@ from lora_merge_cli.records import Array, Region, relative
 from lora_merge_cli.side_by_side import pieces
 from lora_merge_cli.survival import Moments, Realised
 from lora_merge_cli.verification.adapted import Adapted
+from lora_merge_cli.verification.mixture import count_other_bits
 from lora_merge_cli.verification.model_layer import LayerAdapter, LayerError, LayerPart, ModelLayer
 from lora_merge_cli.verification.projection import ProjectedPart, Projection
 
@@ -35,15 +36,18 @@ class LayerVerdict:
     """What was found of one layer of a site."""
 
     moments: Moments = field(default_factory=Moments)
-    """Survival of the delta, in the stored and in the serving dtype."""
+    """Survival of the delta, in the stored and in the serving dtype; of no entry at alpha 0."""
     worst_share: float = 0.0
-    """The largest error of an entry as a share of its bound; Inf where an entry is not finite."""
+    """The largest error of an entry as a share of its bound; Inf where an entry is not finite, or where bits must be the same and
+    are not."""
     beyond: int = 0
     """How many entries exceed their bound."""
     off_the_rounding: int = 0
     """How many are further off than the rounding of the kernel in the checkpoint explains."""
     non_finite: int = 0
-    """How many entries of the merged kernel are NaN or Inf."""
+    """How many entries of the merged kernel are NaN or Inf, and should not be."""
+    non_finite_before: int = 0
+    """How many are NaN or Inf since the kernel, to which nothing is added, is so."""
     forward: LayerError = field(default_factory=lambda: LayerError(None, 0.0, None))
     """What the layer computes."""
 
@@ -72,6 +76,8 @@ class SiteJudge:
     of the products' absolute values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), which the product of
     the norms bounds (Cauchy-Schwarz); 2^-126 is for devices that flush subnormal numbers to zero. With DoRA's gain g the ideal
     is ``g * (w + s * a @ b)``, and the relative error of a float32 norm over n inputs comes on top: ``(16 + sqrt(n)) * 2^-24``.
+
+    Alpha multiplies s, layer by layer. At alpha 0 nothing is computed: the layer must be w, cast, bit for bit, and has no figures.
 
     Args:
         where: The kernel in the checkpoint, as errors name it.
@@ -107,6 +113,7 @@ class SiteJudge:
         self._basis = input_basis(self._a, len(batch)).astype(np.float64)
         self._first = 1 if equation.stacked else 0
         self.layers = {layer: LayerVerdict() for layer in layers}
+        self._acting = {layer for layer in layers if any(part.alpha_of(layer) for part in adapted)}
         rng = np.random.default_rng(0)
         self._models = {
             layer: ModelLayer(
@@ -115,6 +122,7 @@ class SiteJudge:
                 rng,
             )
             for layer in layers
+            if layer in self._acting
         }
         self._projections: dict[tuple[int, ...], Projection] = {}
         self._inputs = math.prod(self._a.shape[len(batch) : -1])
@@ -126,7 +134,15 @@ class SiteJudge:
         self.base_differs = False
         """Whether some block of the kernel is not the base's, rounded to the kernel's dtype."""
 
-    def take(self, region: Region, kernel: Array, merged: Array, base: Array | None, pool: ThreadPoolExecutor) -> None:
+    def take(
+        self,
+        region: Region,
+        kernel: Array,
+        merged: Array,
+        base: Array | None,
+        pool: ThreadPoolExecutor,
+        size: Array | None = None,
+    ) -> None:
         """Judge one block.
 
         Args:
@@ -135,13 +151,17 @@ class SiteJudge:
             merged: The merged kernel there.
             base: The base's kernel there, which the delta was added to instead; None without a base.
             pool: Where to compute.
+            size: The magnitudes of what the kernel is itself a float32 sum of, float64; None where it is exact.
         """
 
         def judge(piece: Region) -> _Piece:
             inside = relative(piece, region)
             # Values beyond any range are found, and judged, by what they are not.
             with np.errstate(all="ignore"):
-                return self._judge(piece, kernel[inside], merged[inside], None if base is None else base[inside])
+                if self._layer_of(piece) not in self._acting:
+                    return self._compare(piece, kernel[inside], merged[inside])
+                beside = (None if values is None else values[inside] for values in (base, size))
+                return self._judge(piece, kernel[inside], merged[inside], *beside)
 
         with np.errstate(all="ignore"):
             for piece in pool.map(judge, self._pieces(region)):
@@ -174,7 +194,20 @@ class SiteJudge:
     def _layer_of(self, region: Region) -> int:
         return int(region[0].start) if self._first else 0
 
-    def _judge(self, region: Region, kernel: Array, merged: Array, base: Array | None) -> _Piece:
+    def _compare(self, region: Region, kernel: Array, merged: Array) -> _Piece:
+        """A piece that nothing is added to."""
+        wrong = count_other_bits(merged, kernel.astype(self._dtype))
+        bad, before = ~np.isfinite(merged), ~np.isfinite(kernel)
+        found = LayerVerdict(
+            worst_share=math.inf if wrong else 0.0,
+            beyond=wrong,
+            off_the_rounding=wrong,
+            non_finite=int(np.count_nonzero(bad & ~before)),
+            non_finite_before=int(np.count_nonzero(bad & before)),
+        )
+        return _Piece(self._layer_of(region), (), found)
+
+    def _judge(self, region: Region, kernel: Array, merged: Array, base: Array | None, sizes: Array | None) -> _Piece:
         equation, serving = self._equation, self._terms.serving_dtype
         parts = dict(zip(equation.target, region, strict=True))
         batch = tuple(parts[dim].start for dim in equation.batch)
@@ -201,6 +234,8 @@ class SiteJudge:
             matrix(size)[...] += gain_size * np.abs(matrix(added_to))
             size *= 1 + self._gain_error / (self._allowed_steps * _EPSILON)
             ideal_projection = basis.T @ matrix(delta)
+        if sizes is not None:
+            size += self._wide("sizes", sizes)
         found, error, limit = self._exactness(m, added_to, delta, size, kernel.dtype)
         # Where nothing is cast and there is no base, the error of the merged kernel is that of its realised delta.
         plain = base is None and holds_all_values_of(self._dtype, kernel.dtype) and not found.non_finite
@@ -212,8 +247,8 @@ class SiteJudge:
         return _Piece(
             layer=layer,
             batch=batch,
-            base_differs=base is not None and not equals_rounded(kernel, base),
             found=found,
+            base_differs=base is not None and not equals_rounded(kernel, base),
             projected=ProjectedPart(
                 outputs,
                 len(a),
@@ -302,6 +337,9 @@ class SiteJudge:
         verdict.beyond += piece.found.beyond
         verdict.off_the_rounding += piece.found.off_the_rounding
         verdict.non_finite += piece.found.non_finite
+        verdict.non_finite_before += piece.found.non_finite_before
+        if piece.forward is None or piece.projected is None:
+            return
         self._models[piece.layer].add(piece.forward)
         key = (piece.layer, *piece.batch)
         if key not in self._projections:
@@ -348,10 +386,12 @@ class _Piece:
     layer: int
     batch: tuple[int, ...]
     """Its index in the batch dims."""
-    base_differs: bool
     found: LayerVerdict
-    projected: ProjectedPart
-    forward: LayerPart
+    base_differs: bool = False
+    projected: ProjectedPart | None = None
+    """None where nothing is added."""
+    forward: LayerPart | None = None
+    """None where nothing is added."""
 
 
 def _cast(values: Array, stored: np.dtype[Any], dtype: np.dtype[Any], *, out: Array) -> Array:

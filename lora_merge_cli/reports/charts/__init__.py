@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from plotly.offline import get_plotlyjs
 
-from lora_merge_cli.report import DiffReport, ModelReport, SiteRecord
+from lora_merge_cli.report import DiffReport, ModelReport, SiteRecord, SweepReport
 from lora_merge_cli.reports.charts.base import Chart
 from lora_merge_cli.reports.charts.groups import trained_parts
 from lora_merge_cli.reports.charts.heatmaps import heatmaps
 from lora_merge_cli.reports.charts.kernels import kernel_errors
 from lora_merge_cli.reports.charts.leaves import farthest_leaves
 from lora_merge_cli.reports.charts.spectra import spectra
+from lora_merge_cli.reports.charts.sweep import over_alpha
 from lora_merge_cli.reports.words import beside
 
-__all__ = ["Chart", "diff_charts", "model_charts", "plotly_script"]
+__all__ = ["Chart", "diff_charts", "model_charts", "plotly_script", "sweep_charts"]
 
 
 def plotly_script() -> str:
@@ -38,6 +39,11 @@ def model_charts(report: ModelReport) -> tuple[Chart, ...]:
         *kernel_errors(report.sites),
         *trained_parts(report.groups),
     )
+
+
+def sweep_charts(report: SweepReport) -> tuple[Chart, ...]:
+    """The charts of an interpolation at several alphas; none of what was not measured."""
+    return tuple(over_alpha(report))
 
 
 def diff_charts(report: DiffReport) -> tuple[Chart, ...]:

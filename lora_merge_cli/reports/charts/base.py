@@ -36,6 +36,13 @@ LEGEND: Mapping[str, Any] = {
     "bgcolor": "rgba(0,0,0,0)",
 }
 """A legend below the plot."""
+LINE_COLOURS: Mapping[str, Sequence[str]] = {
+    "light": ("#3b5bdb", "#d9700b", "#0f8a6c", "#b0307f", "#2a9fd0", "#8a6d00", "#7048c8", "#5c6773"),
+    "dark": ("#8ea2ff", "#f5a04b", "#3fc9a0", "#ee7dbd", "#6cc7f0", "#d9bd4a", "#b59bff", "#a3adb8"),
+}
+"""Of the lines of one plot, by theme."""
+LINE_SYMBOLS: Sequence[str] = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star", "pentagon")
+"""Of their points, which tell lines apart without their colour."""
 TITLE_FONT: Mapping[str, Any] = {"size": 11}
 """Of an axis."""
 

@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 from lora_merge_cli.report import SiteRecord
 from lora_merge_cli.reports.charts.base import (
     LEGEND,
+    LINE_COLOURS,
+    LINE_SYMBOLS,
     PLAIN_AXIS,
     TITLE_FONT,
     Chart,
@@ -23,11 +25,6 @@ from lora_merge_cli.reports.words import figure
 
 _MANY_LINES = 10
 _DECADES = 6
-_COLOURS = {
-    "light": ("#3b5bdb", "#d9700b", "#0f8a6c", "#b0307f", "#2a9fd0", "#8a6d00", "#7048c8", "#5c6773"),
-    "dark": ("#8ea2ff", "#f5a04b", "#3fc9a0", "#ee7dbd", "#6cc7f0", "#d9bd4a", "#b59bff", "#a3adb8"),
-}
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star", "pentagon")
 
 
 def spectra(experts: Mapping[str, Sequence[SiteRecord]]) -> Iterator[Chart]:
@@ -57,7 +54,7 @@ def _spectrum(name: str, expert: str, sites: Sequence[SiteRecord], modules: Sequ
             customdata=[label] * len(site.spectrum),
             hovertemplate="<b>%{customdata}</b><br>value %{x}: %{y:.3~g}<extra></extra>",
             line={"width": 1.5},
-            marker={"size": 5, "symbol": _SYMBOLS[look % len(_SYMBOLS)]},
+            marker={"size": 5, "symbol": LINE_SYMBOLS[look % len(LINE_SYMBOLS)]},
         )
         named.add(site.module)
     longest = max(len(site.spectrum) for site in sites)
@@ -70,7 +67,7 @@ def _spectrum(name: str, expert: str, sites: Sequence[SiteRecord], modules: Sequ
         yaxis={"type": "log", "automargin": True, "fixedrange": True, "ticksuffix": " "} | _decades(sites),
         legend=LEGEND,
     )
-    colours = {theme: [palette[look % len(palette)] for look in looks] for theme, palette in _COLOURS.items()}
+    colours = {theme: [palette[look % len(palette)] for look in looks] for theme, palette in LINE_COLOURS.items()}
     return Chart(
         name,
         "Singular values of the deltas",

@@ -1,0 +1,180 @@
+"""Reads the leaves of a plan, block by block, each with what will change it. Runs on the threads that read ahead."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_merge_cli.compare import count_non_finite
+from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.factors import FactorReader, one_layer
+from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, operation_named
+from lora_merge_cli.operations.add_delta import scaled_factors
+from lora_merge_cli.plan import MergePlan, Step
+from lora_merge_cli.reading import scan_start
+from lora_merge_cli.records import AdapterSite, Array, Region, full_region, grid
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a run of a leaf's entries may start as, each as stored."""
+
+    values: Array
+    """The checkpoint's, with an adapter's in their place where it replaces them."""
+    base: Array | None
+    """The base's, where the fine-tune froze the leaf."""
+    anchor: Array | None
+    """What alpha 0 stands for, where that is another leaf, or the leaf before it was replaced."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of a leaf's entries before any site is applied."""
+
+    region: Region
+    """Where it lies in the leaf."""
+    inside: Region
+    """Where it lies in its layer; in the leaf where no layers are stacked."""
+    sides: Sides
+    """Its values."""
+    updates: tuple[KernelUpdate | None, ...]
+    """For each output what the leaf's sites do to its layer; None where they do nothing, alpha being 0."""
+
+
+class BlockReader:
+    """Reads what several outputs that differ in nothing but their alphas are made of, once for all of them.
+
+    Args:
+        plans: One per output.
+        inputs: What the plans were made for.
+        factors: Where factors come from.
+        device: The JAX device that kernels are changed on.
+    """
+
+    def __init__(self, plans: Sequence[MergePlan], inputs: Inputs, factors: FactorReader, device: Any) -> None:
+        self._plan = plans[0]
+        self._inputs = inputs
+        self._factors = factors
+        self._device = device
+
+    def read(self, steps: Sequence[Step], pool: ThreadPoolExecutor) -> Iterator[Block]:
+        """The blocks of a leaf, from the first to the last.
+
+        Args:
+            steps: One per output.
+            pool: Where parts of the leaf may be decoded at the same time.
+
+        Raises:
+            CorruptCheckpoint: An input cannot be read.
+            NonFiniteInput: A replacement, a factor's product or a base's kernel holds NaN or Inf.
+        """
+        step = steps[0]
+        regions = list(grid(full_region(step.source.shape), step.block))
+        if not step.sites:
+            for region, sides in self._scanned(step, regions, pool):
+                yield Block(region, region, sides, ())
+            return
+        stacked = step.sites[0].parameters.equation.stacked
+        sites = [one_layer(site) for site in step.sites]
+        scanned = self._scanned(step, regions, pool)
+        layers = zip(*(self._factors.layers(site) for site in step.sites), strict=True)
+        for layer, factors in enumerate(layers):
+            here = [region for region in regions if not stacked or region[0].start == layer]
+            updates = self._updates(steps, sites, factors, here, layer, pool)
+            for region, sides in itertools.islice(scanned, len(here)):
+                yield Block(region, region[1:] if stacked else region, sides, updates)
+
+    def _updates(
+        self,
+        steps: Sequence[Step],
+        sites: Sequence[AdapterSite],
+        factors: Sequence[Mapping[str, Array]],
+        regions: Sequence[Region],
+        layer: int,
+        pool: ThreadPoolExecutor,
+    ) -> tuple[KernelUpdate | None, ...]:
+        """What each output makes of one layer."""
+        step, equation = steps[0], sites[0].parameters.equation
+        shape = step.source.shape[len(step.source.shape) - len(equation.target) :]
+        norms = [self._norms(step, site, own, regions, pool) for site, own in zip(sites, factors, strict=True)]
+
+        def contribution(site: AdapterSite, own: Mapping[str, Array], norm: Array | None, alpha: float) -> Contribution:
+            weight = site.weight * self._plan.multiplier * alpha
+            return operation_named(site.operation).contribute(site, own, weight, norm)
+
+        def update(alpha: float) -> KernelUpdate | None:
+            if alpha == 0 and step.mixed:
+                return None
+            return KernelUpdate(
+                f"{self._inputs.checkpoint.source.path} :: {step.output.name}",
+                equation,
+                shape,
+                [contribution(*each, alpha) for each in zip(sites, factors, norms, strict=True)],
+                step.output.dtype,
+                self._plan.serving_dtype,
+                self._device,
+            )
+
+        return tuple(update(each.alpha_of(layer)) for each in steps)
+
+    def _norms(
+        self,
+        step: Step,
+        site: AdapterSite,
+        factors: Mapping[str, Array],
+        regions: Sequence[Region],
+        pool: ThreadPoolExecutor,
+    ) -> Array | None:
+        """What an operation that rescales needs of one layer: a first pass over the kernel."""
+        if not operation_named(site.operation).needs_norms:
+            return None
+        a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))
+        shape = step.source.shape[len(step.source.shape) - len(site.parameters.equation.target) :]
+        passed = OutputNorms(site.parameters.equation, shape, a, b, self._device)
+        for region, sides in self._scanned(step, regions, pool):
+            passed.add(region[len(region) - len(shape) :], sides.values if sides.base is None else sides.base)
+        return passed.finish()
+
+    def _scanned(
+        self, step: Step, regions: Sequence[Region], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Region, Sides]]:
+        """The leaf's values, the base's and the anchor's, region by region."""
+        starts: Iterator[Array | None]
+        bases: Iterator[Array | None]
+        anchors: Iterator[Array | None]
+        starts, bases, anchors = (itertools.repeat(None, len(regions)) for _ in range(3))
+        if step.base is not None and self._inputs.base is not None:
+            bases = self._inputs.base.source.scan(step.base.path, regions, pool)
+        if step.anchor is not None:
+            anchors = self._inputs.anchor.scan(step.anchor.path, regions, pool)
+        if step.before is not None or step.replacements:
+            starts = scan_start(self._inputs, step, regions, pool)
+        for region, values, base, anchor in zip(regions, starts, bases, anchors, strict=True):
+            if values is not None and base is not None and step.sites:
+                self._refuse_base_not_finite(step, values, base)
+            start = anchor if values is None else values
+            assert start is not None, "a leaf comes from the checkpoint, from an adapter or from the base"
+            yield region, Sides(at_most_float32(start) if step.sites else start, base, anchor)
+
+    def _refuse_base_not_finite(self, step: Step, values: Array, base: Array) -> None:
+        """A delta is added to the base: where the fine-tune's own kernel is finite, the base is to blame."""
+        if self._inputs.base is not None and step.base is not None and not count_non_finite(values):
+            bad = count_non_finite(base)
+            if bad:
+                raise NonFiniteInput(
+                    "the base's kernel under an adapter is not finite",
+                    where=f"{self._inputs.base.source.path} :: {step.base.name}",
+                    expected="finite values",
+                    found=f"{bad} entries NaN or Inf",
+                )
+
+
+def at_most_float32(values: Array) -> Array:
+    """The values, float64 ones rounded to float32."""
+    return values.astype(np.float32) if values.dtype == np.float64 else values
