@@ -258,7 +258,7 @@ class MixtureJudge:
         step = ulp(ideal, self._dtype)
         step *= self._ulps
         limit += step
-        share = np.subtract(m, ideal, out=ideal)
+        share = np.subtract(m, ideal, out=m)
         np.abs(share, out=share)
         share /= limit
         same = t == a
@@ -266,9 +266,9 @@ class MixtureJudge:
         if worst <= 1 and math.isfinite(limit.max(initial=0.0)) and not same.any():
             return 0, float(worst)
         # NaN is no number: whatever is not below a finite bound is beyond it.
-        share[~((share <= 1) & np.isfinite(limit))] = np.inf
+        share[np.isnan(share) | ~np.isfinite(limit)] = np.inf
         both_nan = np.isnan(t) & np.isnan(a)
-        kept = ~_other_bits(merged, as_tuned) | (both_nan & np.isnan(m))
+        kept = ~_other_bits(merged, as_tuned) | (both_nan & np.isnan(merged))
         same |= both_nan
         share[same & kept] = 0.0
         if not self._weight:
