@@ -276,7 +276,7 @@ def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: 
         base=base_spec,
         anchor=change.anchor,
         alphas=change.alphas,
-        mixed=change.is_mixed,
+        mixed=options.mixing is not None and change.is_mixed,
     )
 
 
@@ -285,7 +285,7 @@ def _origin(change: LeafChange, dtype: np.dtype[Any]) -> Origin:
         return "created"
     if change.sites:
         return "changed"
-    if change.is_mixed:
+    if change.anchor is not None and not change.decided:
         return "mixed"
     if change.replacements:
         return "replaced"

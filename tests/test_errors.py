@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_merge_cli import merging
+from lora_merge_cli import producing
 from lora_merge_cli.errors import LoraMergeError
 from tests.checkpoints import restore_flat, save_item, save_step
 from tests.command import Outcome, run
@@ -317,7 +317,7 @@ def test_no_space_found_while_writing(small_disk: Path, tmp_path: Path, monkeypa
     tree = leaves()
     noise = np.random.default_rng(0).integers(0, 2**32, 2**23, dtype=np.uint32)
     tree[("other", "kernel")] = noise.view(np.int32)
-    monkeypatch.setattr(merging, "check_space", lambda *_: None)
+    monkeypatch.setattr(producing, "check_space", lambda *_: None)
     assert "the disk is full" in refuse(6, saved(tmp_path, tree), small_disk / "out")
     assert list(small_disk.iterdir()) == []
 

@@ -221,6 +221,16 @@ def test_overrides_and_a_schedule_are_judged(pair: Pair) -> None:
     assert failed(pair.judged(right, dataclasses.replace(SCHEDULED, overrides=()))) == {"interpolated"}
 
 
+def test_adapters_at_alpha_0_are_not_missed(pair: Pair) -> None:
+    mlp = (*LAYERS, "mlp")
+    right = pair.right(lambda path: (0.0,) if path[: len(mlp)] == mlp else (0.3,))
+    report = pair.judged(right, Mixing(0.3, (Override("PaliGemma/llm/layers/mlp/**", 0.0),)))
+    assert failed(report) == set()
+    assert checks_of(report)["delta-survival"] == checks_of(report)["forward"] == "pass"
+    assert {site.alphas for site in report.sites if not site.survival} == {(0.0,)}
+    assert sum(not site.survival for site in report.sites) == 2
+
+
 def test_a_layer_at_another_alpha_is_named(pair: Pair) -> None:
     right = pair.right(scheduled)
     kernel = right[Q].copy()
@@ -866,3 +876,9 @@ def test_layers_are_judged_by_themselves() -> None:
     found = mixture(t, a, merged, alphas)
     assert [layer.wrong for layer in found.layers.values()] == [0, 0, 40]
     assert found.in_words == "layer 2: as if alpha were 0.00, not 1"
+
+
+def test_a_bound_beyond_any_range_is_no_excuse() -> None:
+    a, t = np.array([1.7e308, 1.0]), np.array([1.6e308, 2.0])
+    found = mixture(t, a, np.array([0.0, 1.5]), (0.5,))
+    assert found.wrong == 1 and found.worst_share == np.inf

@@ -42,12 +42,10 @@ class Adapted:
 
     @property
     def spectrum(self) -> tuple[float, ...]:
-        """Singular values of the product of its factors, times all that it is multiplied by; see `lowrank.mean_spectrum`."""
+        """Singular values of the product of its factors, scaled, at alpha 1; see `lowrank.mean_spectrum`."""
         equation = self.site.parameters.equation
         values = delta_singular_values(equation, self.lora_a, self.lora_b)
-        # The layers come first among the batch dims.
-        alphas = np.repeat(np.abs(self.alphas), len(values) // len(self.alphas))
-        return mean_spectrum([values * alphas[:, None]], self.scale * self.weight)
+        return mean_spectrum([values], self.scale * self.weight)
 
     def left(self) -> Array:
         """lora_a, dims batch, inputs, rank."""

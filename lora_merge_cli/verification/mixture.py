@@ -225,16 +225,16 @@ class MixtureJudge:
             found = LayerMixture(alpha)
             if alpha == 0:
                 found.wrong = count_other_bits(merged, as_anchor)
-            if alpha != 0 or found.wrong:
-                found.not_kept = count_other_bits(merged, as_tuned)
-            if alpha == 0:
-                found.not_kept = min(found.not_kept, found.wrong)
-            elif alpha == 1 and not self._weight:
-                found.wrong = found.not_kept
-            elif is_float(self._dtype):
-                found.wrong, found.worst_share = self._compared(tuned, anchor, merged, as_tuned, alpha)
+                # Of a leaf that did not move, either side will do here.
+                found.not_kept = count_other_bits(merged, as_tuned) if found.wrong else 0
             else:
-                found.wrong = int(np.count_nonzero((merged != as_tuned) | (tuned != anchor)))
+                found.not_kept = count_other_bits(merged, as_tuned)
+                if alpha == 1 and not self._weight:
+                    found.wrong = found.not_kept
+                elif is_float(self._dtype):
+                    found.wrong, found.worst_share = self._compared(tuned, anchor, merged, as_tuned, alpha)
+                else:
+                    found.wrong = int(np.count_nonzero((merged != as_tuned) | (tuned != anchor)))
             if alpha in (0, 1) and found.wrong:
                 found.worst_share = math.inf
             if found.wrong:
