@@ -58,11 +58,11 @@ def _with_proofs(case: str, given: Input, *flags: str) -> tuple[Row, ...]:
 
 
 def _sweep(case: str, given: Input, base: Input) -> tuple[Row, ...]:
-    swept, single = outputs(case) / "swept", outputs(case) / "single"
+    # One place for both: five outputs of full size beside others would not fit a small disk.
+    place = outputs(case) / "interpolated"
     return (
-        commands.interpolate(base.path, given.path, single, "one alpha", "--alpha", "0.5", "--dtype", "keep"),
-        commands.copy(single, outputs(case) / "copy"),
-        commands.interpolate(base.path, given.path, swept, "five alphas", "--alpha", "0:1:0.25", "--dtype", "keep"),
+        commands.interpolate(base.path, given.path, place, "one alpha", "--alpha", "0.5", "--dtype", "keep"),
+        commands.interpolate(base.path, given.path, place, "five alphas", "--alpha", "0:1:0.25", "--dtype", "keep"),
     )
 
 
@@ -195,7 +195,7 @@ CASES = (
         3,
         partial(_sweep, "sweep", _FULL, _FULL_BASE),
         (_FULL, _FULL_BASE),
-        "cp -r",
+        "one alpha",
         (
             Target("five alphas", "wall", 0, 2.5, "one alpha"),
             Target("five alphas", "peak", 0.5, 1, "one alpha"),
@@ -234,7 +234,7 @@ CASES = (
         2,
         partial(_sweep, "small-sweep", _SMALL, _SMALL_BASE),
         (_SMALL, _SMALL_BASE),
-        "cp -r",
+        "one alpha",
     ),
     Case(
         "small-llama",

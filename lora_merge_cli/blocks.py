@@ -138,7 +138,8 @@ class BlockReader:
         shape = step.source.shape[len(step.source.shape) - len(site.parameters.equation.target) :]
         passed = OutputNorms(site.parameters.equation, shape, a, b, self._device)
         for region, sides in self._scanned(step, regions, pool):
-            passed.add(region[len(region) - len(shape) :], sides.values if sides.base is None else sides.base)
+            kernel = at_most_float32(sides.values if sides.base is None else sides.base)
+            passed.add(region[len(region) - len(shape) :], kernel)
         return passed.finish()
 
     def _scanned(
@@ -160,7 +161,7 @@ class BlockReader:
                 self._refuse_base_not_finite(step, values, base)
             start = anchor if values is None else values
             assert start is not None, "a leaf comes from the checkpoint, from an adapter or from the base"
-            yield region, Sides(at_most_float32(start) if step.sites else start, base, anchor)
+            yield region, Sides(start, base, anchor)
 
     def _refuse_base_not_finite(self, step: Step, values: Array, base: Array) -> None:
         """A delta is added to the base: where the fine-tune's own kernel is finite, the base is to blame."""
@@ -177,4 +178,7 @@ class BlockReader:
 
 def at_most_float32(values: Array) -> Array:
     """The values, float64 ones rounded to float32."""
-    return values.astype(np.float32) if values.dtype == np.float64 else values
+    if values.dtype != np.float64:
+        return values
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)

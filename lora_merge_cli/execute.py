@@ -25,7 +25,7 @@ from lora_merge_cli.fan_out import Broadcast, SharedBlock
 from lora_merge_cli.formats.interface import Stored
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
-from lora_merge_cli.leaf_work import ChosenWork, FusedWork, LeafWork, MixedWork, can_mix, cast
+from lora_merge_cli.leaf_work import FusedWork, HostWork, LeafWork, MixedWork, can_mix, cast
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.operations.add_delta import AddDelta
 from lora_merge_cli.plan import MergePlan, Step
@@ -77,6 +77,11 @@ class Execution:
         self._inputs = inputs
         self._source = inputs.checkpoint.source
         self._factor_reader = FactorReader(inputs)
+        self._shared = {
+            later: first
+            for later, first in plans[0].shared.items()
+            if all(plan.shared.get(later) == first for plan in plans)
+        }
         self._blocks = BlockReader(plans, inputs, self._factor_reader, device)
         self._device = device
         self._encodings = encodings
@@ -113,6 +118,11 @@ class Execution:
         between = any(step.is_mixture for step in plan.steps)
         if between or any(found.weight for found in plan.replacements) or (speaking and plan.multiplier):
             return
+        if plan.mixing is not None and not plan.sites:
+            raise NothingToMerge(
+                "nothing to interpolate: the two sides have no leaf in common",
+                where=self._inputs.checkpoint.source.path,
+            )
         if plan.multiplier == 0:
             why = "--scale is 0"
         elif any(site.weight for site in plan.sites):
@@ -196,7 +206,7 @@ class Execution:
                 self._compare_whole(step, next(arriving))
             self._listener.advance(step.output.name, step.output.nbytes)
             data = stored
-        return Broadcast((step.output,) * len(self._plans), step.chunk, data, self._plan.shared.get(step.output.path))
+        return Broadcast((step.output,) * len(self._plans), step.chunk, data, self._shared.get(step.output.path))
 
     def _carried(self, step: Step, blocks: Iterator[Block]) -> Iterator[SharedBlock]:
         """A leaf that no alpha and no site changes: decoded, with an adapter's values in it, and cast if need be."""
@@ -257,7 +267,7 @@ class Execution:
             serving = self._plan.serving_dtype
             return [FusedWork(each, number, self._source, serving) for number, each in enumerate(steps)]
         if not can_mix(step):
-            return [ChosenWork(each, self._inputs) for each in steps]
+            return [HostWork(each, self._inputs) for each in steps]
         still = self._is_still(steps)
         return [MixedWork(each, self._inputs, self._plan.serving_dtype, self._device, still=still) for each in steps]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli import __version__
-from lora_merge_cli.errors import LoraMergeError, OutputExists, SomeFailed, UsageError
+from lora_merge_cli.errors import LoraMergeError, OutputExists, SomeFailed, UsageError, VerificationFailed
 from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, PROVENANCE, Compression
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs
 from lora_merge_cli.merging import prepare_opened
 from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.options import MergeOptions
-from lora_merge_cli.placing import AUTO
+from lora_merge_cli.placing import AUTO, placement
 from lora_merge_cli.prepared import MergeRequest, Prepared, provenance_path
-from lora_merge_cli.recording import peak_rss, versions
+from lora_merge_cli.recording import peak_rss, size_of, versions
 from lora_merge_cli.report import (
     InterpolateReport,
     MergeReport,
@@ -31,7 +32,7 @@ from lora_merge_cli.report import (
     SweepReport,
 )
 from lora_merge_cli.staging import anchored
-from lora_merge_cli.verification import Judging
+from lora_merge_cli.verification import Judging, judge, open_result
 
 if TYPE_CHECKING:
     from lora_merge_cli.listening import Listener
@@ -159,6 +160,11 @@ def prepare_interpolation(request: InterpolateRequest) -> PreparedInterpolation:
         step=request.step,
         dialect=request.dialect,
     )
+    place = placement(request.output, request.to, inputs.checkpoint, request.max_shard_bytes, request.compression)
+    if place.is_file and len(request.alphas) > 1:
+        raise UsageError(
+            "several alphas, and an output that is one file", where=request.output, hint="name a directory"
+        )
     return PreparedInterpolation(request, inputs, tuple(_prepared_point(request, inputs, a) for a in request.alphas))
 
 
@@ -191,16 +197,23 @@ def interpolate(
     if prepared.is_single:
         (point,) = prepared.points
         if point.kept is not None:
+            _refuse_unverified(point, listener)
             return point.kept
         (done,) = produce([point.prepared], listener, beside)
         if isinstance(done, LoraMergeError):
             raise done
         return _interpolation(done)
-    points = [_point(point, "kept", point.kept) for point in prepared.points if point.kept is not None]
+    points = [_kept(point, listener) for point in prepared.points if point.kept is not None]
     waiting = [point for point in prepared.points if point.kept is None]
     for first in range(0, len(waiting), _AT_A_TIME):
         batch = waiting[first : first + _AT_A_TIME]
-        results = produce([point.prepared for point in batch], listener)
+        try:
+            results = produce([point.prepared for point in batch], listener)
+        except LoraMergeError as error:
+            # What earlier ones wrote is there, and is to be said.
+            if not points:
+                raise
+            results = [error] * len(batch)
         points += [_outcome(point, result) for point, result in zip(batch, results, strict=True)]
     failed = [point for point in points if point.status == "failed"]
     report = dataclasses.replace(
@@ -209,15 +222,46 @@ def interpolate(
         peak_rss_bytes=peak_rss(),
     )
     if failed:
-        error = SomeFailed(
+        refusal = SomeFailed(
             f"{len(failed)} of {len(points)} outputs failed",
             where=prepared.output,
             found="; ".join(f"alpha {alpha_name(point.alpha)}: {point.error}" for point in failed[:3]),
-            hint="the others are there; --resume keeps them",
+            hint="the others are there; --resume keeps them" if len(failed) < len(points) else None,
         )
-        error.report = report
-        raise error
+        refusal.report = report
+        raise refusal
     return report
+
+
+def _kept(point: Point, listener: Listener | None) -> PointRecord:
+    """An output that is there already, verified again if that is asked for."""
+    try:
+        _refuse_unverified(point, listener)
+    except LoraMergeError as error:
+        return _outcome(point, error)
+    return _point(point, "kept", point.kept)
+
+
+def _refuse_unverified(point: Point, listener: Listener | None) -> None:
+    """Refuse an output of an earlier run that fails a check, where results are to be verified.
+
+    Raises:
+        VerificationFailed: It does.
+    """
+    request = point.prepared.request
+    if request.verify is None or request.output is None or point.kept is None:
+        return
+    verdict = judge(open_result(request.output), point.prepared.inputs, request.options, request.verify, listener)
+    failed = [check for check in verdict.checks if check.status == "fail"]
+    if failed:
+        error = VerificationFailed(
+            f"the output of an earlier run fails {len(failed)} checks",
+            where=request.output,
+            found="; ".join(f"{check.id}: {check.message}" for check in failed),
+            hint="remove it, or pass --overwrite instead of --resume",
+        )
+        error.report = dataclasses.replace(point.kept, checks=verdict.checks, status="rejected")
+        raise error
 
 
 def alpha_name(alpha: float) -> str:
@@ -237,7 +281,13 @@ def _check(request: InterpolateRequest) -> None:
     if request.overwrite and request.resume:
         raise UsageError("--resume keeps what --overwrite replaces", hint="pass one of them")
     output = _anchored(request.output)
-    if len(request.alphas) > 1 and output is not None and (output / PROVENANCE).exists():
+    if len(request.alphas) == 1 or output is None:
+        return
+    if os.path.lexists(output) and not output.is_dir():
+        raise OutputExists(
+            "the directory for several outputs is something else", where=output, hint="choose another -o"
+        )
+    if (output / PROVENANCE).exists():
         raise OutputExists(
             "the directory for several outputs is a checkpoint itself", where=output, hint="choose another -o"
         )
@@ -281,7 +331,9 @@ def _finished(prepared: Prepared, output: Path) -> InterpolateReport:
     planned = _interpolation(prepared.report())
     try:
         document = json.loads(path.read_text())
-        if document["command"] == "interpolate" and document["plan_digest"] == planned.plan_digest:
+        same = document["command"] == "interpolate" and document["plan_digest"] == planned.plan_digest
+        written = size_of(output) - (0 if prepared.placement.is_file else path.stat().st_size)
+        if same and written >= document["bytes_on_disk"]:
             return dataclasses.replace(
                 planned,
                 status="interpolated",
@@ -294,7 +346,7 @@ def _finished(prepared: Prepared, output: Path) -> InterpolateReport:
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"{path.name}: {error}"
     else:
-        found = "the result of other inputs, alphas or flags"
+        found = "fewer bytes than were written" if same else "the result of other inputs, alphas or flags"
     raise OutputExists(
         "the output exists, and is not what this run would make",
         where=output,

@@ -9,7 +9,7 @@ import numpy as np
 from lora_merge_cli.blocks import Block, Sides, at_most_float32
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import FLOAT32, is_float
-from lora_merge_cli.errors import Unrepresentable, UnsupportedCheckpoint
+from lora_merge_cli.errors import NonFiniteInput, Unrepresentable, UnsupportedCheckpoint
 from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.operations import KernelUpdate, MixedLeaf, moments_of_no_change
@@ -86,15 +86,15 @@ class FusedWork:
 
     def _operands(self, block: Block) -> tuple[Array, Array | None]:
         """The kernel that the delta's survival is measured against, and what the delta is added to if that is another."""
-        sides = block.sides
+        sides, values = block.sides, at_most_float32(block.sides.values)
         if not self._step.mixed:
-            return sides.values, sides.base
+            return values, None if sides.base is None else at_most_float32(sides.base)
         if sides.base is not None:
             return at_most_float32(sides.base), None
         alpha = self._step.alpha_of(self._layer_of(block))
         if sides.anchor is None or alpha == 1:
-            return sides.values, None
-        anchor, start = sides.anchor.astype(FLOAT32), sides.values.astype(FLOAT32)
+            return values, None
+        anchor, start = sides.anchor.astype(FLOAT32), values.astype(FLOAT32)
         return anchor + FLOAT32.type(alpha) * (start - anchor), None
 
 
@@ -125,8 +125,6 @@ class MixedWork:
     def compute(self, block: Block) -> Any:
         """See `LeafWork.compute`."""
         tuned, anchor = _both(block)
-        if not self._still:
-            tuned, anchor = at_most_float32(tuned), at_most_float32(anchor)
         return self._leaf.compute(tuned, tuned if self._still else anchor, self._alpha(block))
 
     def take(self, block: Block, computed: Any) -> Array:  # noqa: ARG002  (others need it)
@@ -141,8 +139,8 @@ class MixedWork:
         return self._step.alpha_of(block.region[0].start if block.region else 0)
 
 
-class ChosenWork:
-    """A leaf of numbers that have nothing between them, integers for example: equal on both sides, or one side's.
+class HostWork:
+    """A leaf that float32 cannot hold: float64, interpolated in float64, or integers, which are equal or one side's.
 
     Args:
         step: The leaf.
@@ -156,19 +154,38 @@ class ChosenWork:
         """See `LeafWork.compute`.
 
         Raises:
-            UnsupportedCheckpoint: The sides differ, and neither is asked for.
+            NonFiniteInput: A value is NaN or Inf on one side, and not the same on the other.
+            UnsupportedCheckpoint: The sides differ, neither is asked for, and there is nothing between their numbers.
         """
         tuned, anchor = _both(block)
         alpha = self._step.alpha_of(block.region[0].start if block.region else 0)
-        if alpha == 1 or equals_rounded(tuned, anchor):
-            return tuned
         if alpha == 0:
             return anchor
+        if alpha == 1 or equals_rounded(tuned, anchor):
+            return tuned
+        if is_float(tuned.dtype):
+            return self._between(tuned.astype(np.float64), anchor.astype(np.float64), alpha)
         raise UnsupportedCheckpoint(
-            f"{tuned.dtype.name} values that differ cannot be interpolated in float32",
-            where=f"{self._inputs.checkpoint.source.path} :: {self._step.source.name}",
-            hint=f"give it to one side with --alpha-for '{self._step.source.name}=1'",
+            f"{tuned.dtype.name} values that differ: there is nothing between them",
+            where=self._where,
+            hint=f"give the leaf to one side with --alpha-for '{self._step.source.name}=1'",
         )
+
+    @property
+    def _where(self) -> str:
+        return f"{self._inputs.checkpoint.source.path} :: {self._step.source.name}"
+
+    def _between(self, tuned: Array, anchor: Array, alpha: float) -> Array:
+        same = (tuned == anchor) | (np.isnan(tuned) & np.isnan(anchor))
+        if not (same | (np.isfinite(tuned) & np.isfinite(anchor))).all():
+            raise NonFiniteInput(
+                "a leaf to interpolate is not finite",
+                where=self._where,
+                expected="finite values, or the same ones on both sides",
+                found="NaN or Inf on one side",
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.where(same, tuned, anchor + alpha * (tuned - anchor))
 
     def take(self, block: Block, computed: Array) -> Array:  # noqa: ARG002  (others need it)
         """See `LeafWork.take`."""
@@ -207,10 +224,11 @@ def cast(values: Array, step: Step, source: Source) -> Array:
 
 
 def can_mix(step: Step) -> bool:
-    """Whether the leaf's numbers have others between them, and float32 is enough to find those."""
+    """Whether float32 holds the leaf's numbers on both sides."""
     assert step.anchor is not None, "a mixture has two sides"
-    sides = (step.source.dtype, step.anchor.dtype)
-    return all(map(is_float, sides)) and step.output.dtype.itemsize <= FLOAT32.itemsize
+    return all(
+        is_float(dtype) and dtype.itemsize <= FLOAT32.itemsize for dtype in (step.source.dtype, step.anchor.dtype)
+    )
 
 
 def _both(block: Block) -> tuple[Array, Array]:

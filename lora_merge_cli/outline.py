@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from lora_merge_cli.changes import LeafChange, leaf_changes
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
@@ -26,6 +29,7 @@ from lora_merge_cli.records import (
 from lora_merge_cli.selection import Selection, leaf_names, matches_any, site_names
 
 _RESCALING = "dora"
+_SHAPING = ("vocab_size", "tie_word_embeddings")
 _BY_BASE = "the base does not have it so, and --only-common base decides"
 
 
@@ -45,6 +49,8 @@ class Outline:
     """Of an interpolation: leaves that the fine-tune trained and that are its own at every alpha."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What must be the base's in the model's configuration, by dotted key, since leaves are."""
 
 
 def outline(inputs: Inputs, survey: Survey, selection: Selection, options: MergeOptions) -> Outline:
@@ -72,10 +78,10 @@ def outline(inputs: Inputs, survey: Survey, selection: Selection, options: Merge
         )
     between = _with_base if inputs.base is not None else _with_adapters
     found = between(inputs, survey, selection, options, mixing)
-    leaves = _with_alphas(inputs, found, mixing)
+    leaves, notes = _with_alphas(inputs, found, mixing)
     for leaf in leaves.values():
         _refuse_meaningless(inputs, leaf)
-    return dataclasses.replace(found, leaves=leaves)
+    return dataclasses.replace(found, leaves=leaves, notes=(*found.notes, *notes))
 
 
 def _all_leaves(
@@ -137,6 +143,8 @@ def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: Me
     assert inputs.base is not None, "there is one"
     source, dialect, side = inputs.base.source, inputs.dialect, mixing.only_common
     _refuse_adapters_in_base(inputs, source.index().tensors)
+    if not survey.sites:
+        _refuse_adapter_options(options)
     leaves = _all_leaves(inputs, survey, selection, options)
     apart = _Apart.of(dialect, leaves.values(), source.index().tensors.values())
     if apart and side is None:
@@ -160,6 +168,8 @@ def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: Me
         notes.append(f"{len(apart.only_base)} leaves that only the base has are left out: {names}")
     # What an adapter's training froze is known; of a dense checkpoint any leaf may have moved.
     frozen = set(_frozen(inputs, selection.sites)) if survey.sites else set()
+    if not dialect.tells_frozen:
+        frozen &= {target for site in selection.sites for target in site.targets}
     bases = {path: apart.both[path] for path in leaves if path in frozen and path in apart.both}
     for path, leaf in leaves.items():
         if leaf.decided or path in bases:
@@ -168,7 +178,8 @@ def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: Me
         moved = dataclasses.replace(leaf, anchor=spec, asked=not survey.sites)
         leaves[path] = dataclasses.replace(leaf, decided=True) if spec is None else moved
     unmixed = [display(path) for path in apart.odd if side == "tuned"]
-    return Outline(leaves, bases, selection, tuple(dropped), tuple(unmixed), tuple(notes))
+    config = _config_of_base(inputs) if side == "base" and apart else {}
+    return Outline(leaves, bases, selection, tuple(dropped), tuple(unmixed), tuple(notes), config)
 
 
 def _with_those_of_base(
@@ -184,6 +195,43 @@ def _with_those_of_base(
         path = _respelled(dialect.canonical(spec.path), example, dialect.canonical(example))
         found[path] = _of_base(path, spec)
     return found
+
+
+def _refuse_adapter_options(options: MergeOptions) -> None:
+    given = {
+        "--include": options.include,
+        "--exclude": options.exclude,
+        "--scale": options.multiplier != 1,
+        "--lora-alpha": options.scales.alpha,
+        "--rslora": options.scales.rslora,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(
+                f"{flag} is for adapters, and neither side has any",
+                hint="--alpha-for gives leaves an alpha of their own",
+            )
+
+
+def _config_of_base(inputs: Inputs) -> dict[str, Any]:
+    """What a loader shapes the model's leaves by, where the base says it otherwise."""
+    if inputs.base is None or inputs.checkpoint.config is None:
+        return {}
+    theirs, own = (dict(_shaping(config)) for config in (inputs.base.config or {}, inputs.checkpoint.config))
+    return {key: value for key, value in theirs.items() if own.get(key, value) != value or key not in own}
+
+
+def _shaping(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _shaping(value, f"{prefix}{key}.")
+        elif key in _SHAPING:
+            yield f"{prefix}{key}", value
+
+
+def _are_alike(one: np.dtype[Any], other: np.dtype[Any]) -> bool:
+    """Whether there are numbers between those of two dtypes, or the two are the same."""
+    return one == other or (is_float(one) and is_float(other))
 
 
 def _of_base(path: KeyPath, spec: TensorSpec) -> LeafChange:
@@ -208,11 +256,7 @@ class _Apart:
         both, odd = {}, {}
         for leaf in leaves:
             spec = available.pop(dialect.canonical(leaf.path), None)
-            if (
-                spec is not None
-                and spec.shape == leaf.start.shape
-                and is_float(spec.dtype) == is_float(leaf.start.dtype)
-            ):
+            if spec is not None and spec.shape == leaf.start.shape and _are_alike(spec.dtype, leaf.start.dtype):
                 both[leaf.path] = spec
             else:
                 odd[leaf.path] = spec
@@ -232,6 +276,10 @@ class _Apart:
 
 def _respelled(canonical: KeyPath, example: KeyPath, example_canonical: KeyPath) -> KeyPath:
     """A path as a tree spells it, by one of that tree's own: what it puts before and behind the canonical path."""
+    if len(example) == len(canonical) == len(example_canonical) == 1:
+        # One dotted name: what wrappers put before it.
+        wrapper = str(example[0]).removesuffix(str(example_canonical[0]))
+        return (f"{wrapper}{canonical[0]}",) if wrapper != example[0] else canonical
     length = len(example_canonical)
     for start in range(len(example) - length + 1):
         if example[start : start + length] == example_canonical:
@@ -325,8 +373,8 @@ def _excluding(selection: Selection, sites: Sequence[AdapterSite]) -> Selection:
     )
 
 
-def _with_alphas(inputs: Inputs, found: Outline, mixing: Mixing) -> dict[KeyPath, LeafChange]:
-    """The leaves, each with its alphas.
+def _with_alphas(inputs: Inputs, found: Outline, mixing: Mixing) -> tuple[dict[KeyPath, LeafChange], list[str]]:
+    """The leaves, each with its alphas, and notes on overrides without an effect.
 
     Raises:
         UsageError: An override matches no leaf.
@@ -335,6 +383,7 @@ def _with_alphas(inputs: Inputs, found: Outline, mixing: Mixing) -> dict[KeyPath
     labels = {site.targets[0]: site_names(dialect, site) for site in found.selection.sites}
     names = {path: (*leaf_names(dialect, path), *labels.get(path, ())) for path in found.leaves}
     matched: dict[KeyPath, Override] = {}
+    notes: list[str] = []
     for override in mixing.overrides:
         hits = [path for path in names if matches_any(names[path], (override.glob,))]
         if not hits:
@@ -342,15 +391,18 @@ def _with_alphas(inputs: Inputs, found: Outline, mixing: Mixing) -> dict[KeyPath
                 f"--alpha-for {override.glob!r} matches no leaf",
                 expected=f"a glob for names such as {display(dialect.canonical(next(iter(names))))}",
             )
+        if not any(found.leaves[path].is_mixed for path in hits):
+            notes.append(f"--alpha-for {override.glob!r} matches only leaves that are not interpolated")
         for path in hits:
             matched.setdefault(path, override)
     depths = {} if mixing.schedule is None else dialect.depths(inputs.checkpoint.source.index())
-    return {
+    leaves = {
         path: dataclasses.replace(leaf, alphas=mixing.of(matched.get(path), depths.get(path)))
         if leaf.is_mixed
         else leaf
         for path, leaf in found.leaves.items()
     }
+    return leaves, notes
 
 
 def _refuse_meaningless(inputs: Inputs, leaf: LeafChange) -> None:

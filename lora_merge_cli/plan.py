@@ -173,7 +173,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         dropped=found.dropped,
         factors=factors,
         equal=survey.equal,
-        config=config_changes(inputs, survey, selection),
+        config={**config_changes(inputs, survey, selection), **found.config},
         multiplier=options.multiplier,
         serving_dtype=dialect.serving_dtype,
         notes=(*_notes(inputs, survey, selection, options), *found.notes),

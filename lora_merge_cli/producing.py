@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -102,7 +103,14 @@ class _Run:
         self._execution.check()
         for prepared in self._outputs:
             _refuse_repeat(prepared, self._execution.factors.digests)
-        return self._fan.run(self._execution.leaves(), [self._writer(number) for number in range(len(self._outputs))])
+        # Seen here, before the first writer makes them: the last one that fails would otherwise leave them behind.
+        missing = [folder for folder in self._targets[0].parents if not folder.exists()]
+        try:
+            return self._fan.run(self._execution.leaves(), list(map(self._writer, range(len(self._outputs)))))
+        finally:
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def _writer(self, number: int) -> Writer[MergeReport | InterpolateReport]:
         """What writes one output, from its first leaf to its place."""

@@ -198,12 +198,24 @@ def plan_digest(inputs: Inputs, plan: MergePlan, output_format: str) -> str:
     digest = hashlib.sha256(f"{__version__} {output_format} {plan.multiplier!r}".encode())
     for role, opened in inputs.opened:
         digest.update(f"{role} {opened.source.fingerprint()}".encode())
+        for file in _files_of(opened):
+            # A file that was trained on has the size of the one before; only when it was written tells the two apart.
+            found = file.stat()
+            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
     for step in plan.steps:
         sites = [(site.adapter, site.weight, site.operation, site.parameters) for site in step.sites]
         brought = [(found.adapter, found.weight, found.path, found.rows) for found in step.replacements]
         said = (step.output.path, step.output.shape, step.output.dtype.name, step.origin, step.alphas, sites, brought)
         digest.update(repr(said).encode())
     return digest.hexdigest()
+
+
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
+    """Every file that a checkpoint consists of, or that stands beside its arrays."""
+    arrays = checkpoint.source.path
+    folders = {arrays, checkpoint.directory, *([checkpoint.assets] if checkpoint.assets is not None else [])}
+    found = {file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file()}
+    return sorted(found | ({arrays} if arrays.is_file() else set()))
 
 
 def _survival(moments: Moments, dtypes: Sequence[str]) -> tuple[SurvivalRecord, ...]:
@@ -256,6 +268,11 @@ def dropped_records(inputs: Inputs, plan: MergePlan) -> tuple[DroppedRecord, ...
     left_out = inputs.checkpoint.left_out.items()
     folders = (DroppedRecord(f"{entry} (beside the parameters)", reason) for entry, reason in left_out)
     return (*factors, *leaves, *folders)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files below a directory."""
+    return path.stat().st_size if path.is_file() else directory_size(path)
 
 
 def directory_size(path: Path) -> int:

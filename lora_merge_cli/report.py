@@ -136,7 +136,7 @@ class SiteRecord(_Record):
     max_abs: float | None = None
     """The largest entry of the delta, absolute."""
     spectrum: tuple[float, ...] = ()
-    """Singular values of this site's product of factors, scaled, at alpha 1, descending, as root mean squares over layers and heads."""
+    """Singular values of its product of factors, scaled, at alpha 1, descending, as root mean squares over layers and heads."""
     adapter_digest: str | None = None
     """A digest of the factors' names, shapes, dtypes and values."""
     non_finite: int = 0

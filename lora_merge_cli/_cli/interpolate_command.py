@@ -154,7 +154,7 @@ def interpolate(
             )
         )
         _check_report_paths(report or (), prepared)
-        paths = [*(report or ()), *(() if dry_run else _summaries(prepared))]
+        paths = [*(report or ()), *(() if dry_run else _summaries(prepared, replace=resume or overwrite))]
         out = Output(paths, prepared.output, prepared.input_paths, github, as_json, quiet, dry_run=dry_run)
         staged = prepared.is_single and prepared.points[0].kept is None
         with out.reports:
@@ -198,11 +198,25 @@ def _check_sides(tuned: Path | None, adapter: Sequence[str] | None, deltas_only:
         )
 
 
-def _summaries(prepared: PreparedInterpolation) -> Sequence[Path]:
-    """Where a sweep is summed up, whether or not a report is asked for."""
+def _summaries(prepared: PreparedInterpolation, *, replace: bool) -> Sequence[Path]:
+    """Where a sweep is summed up, whether or not a report is asked for.
+
+    Raises:
+        OutputExists: The summary of another sweep is there.
+    """
+    from lora_merge_cli.errors import OutputExists
+
     if prepared.is_single or prepared.output is None:
         return ()
-    return prepared.output / "sweep.html", prepared.output / "sweep.json"
+    paths = prepared.output / "sweep.html", prepared.output / "sweep.json"
+    for path in paths:
+        if path.exists() and not replace:
+            raise OutputExists(
+                "the summary of another sweep is there",
+                where=path,
+                hint="choose another -o, or pass --resume or --overwrite",
+            )
+    return paths
 
 
 def _check_report_paths(paths: Sequence[Path], prepared: PreparedInterpolation) -> None:

@@ -72,6 +72,11 @@ class Dialect(Protocol):
         ...
 
     @property
+    def tells_frozen(self) -> bool:
+        """Whether a checkpoint itself shows what its fine-tune froze, besides the kernels under adapters."""
+        ...
+
+    @property
     def serving_dtype(self) -> np.dtype[Any]:
         """What its servers cast a checkpoint to."""
         ...

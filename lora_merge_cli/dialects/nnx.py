@@ -69,6 +69,7 @@ class Nnx:
     name = "nnx"
     groups: tuple[str, ...] = ()
     serving_dtype = BFLOAT16
+    tells_frozen = False
 
     def matches(self, tree: Tree) -> bool:
         """See `Dialect.matches`: some module holds `lora_a` or `lora_b` as NNX's classes do, and nothing is OpenPI's."""

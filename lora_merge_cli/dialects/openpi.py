@@ -129,6 +129,7 @@ class OpenPI:
     name = "openpi"
     groups = (PALIGEMMA, ACTION_EXPERT)
     serving_dtype = BFLOAT16
+    tells_frozen = True
 
     def matches(self, tree: Tree) -> bool:
         """See `Dialect.matches`."""

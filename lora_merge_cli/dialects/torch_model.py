@@ -73,6 +73,7 @@ class TorchModel:
 
     groups: tuple[str, ...] = ()
     serving_dtype = BFLOAT16
+    tells_frozen = False
 
     def unknown_scale(self, sites: Sequence[AdapterSite], where: str) -> UnknownScale:
         """See `Dialect.unknown_scale`."""

@@ -129,7 +129,9 @@ def expect(
     if selection.excluded:
         total = len(survey.sites) + len(survey.replacements)
         notes.append(f"{selection.excluded} of {total} adapters are left out by --include, --exclude or --only-common")
-    return Expectation(leaves, selection.sites, tuple(notes), claimed, config_changes(inputs, survey, selection))
+    return Expectation(
+        leaves, selection.sites, tuple(notes), claimed, {**config_changes(inputs, survey, selection), **found.config}
+    )
 
 
 def _expected_dtype(inputs: Inputs, change: LeafChange, options: MergeOptions) -> np.dtype[Any] | None:
