@@ -367,3 +367,19 @@ def test_linear_in_alpha(
             wide = start[key].astype(np.float64), end[key].astype(np.float64)
             ideal = (1 - own) * wide[0] + own * wide[1]
             assert np.all(np.abs(values - ideal) <= 2.0**-22 * (np.abs(wide[0]) + np.abs(wide[1])))
+
+
+def test_a_merge_measures_against_the_checkpoints_kernel_and_an_interpolation_against_the_base(
+    pair: Pair, tmp_path: Path
+) -> None:
+    merge = run("merge", pair.tuned, "--base", pair.base, "-o", tmp_path / "m", "--lora-alpha", ALPHAS, "--json").json
+    mixed = pair.run(tmp_path / "i", "--alpha", 1, "--json").json
+    path = ("PaliGemma", "llm", "layers", "mlp", "linear")
+    one, other = (
+        next(site for site in report["sites"] if site["target"].removeprefix("params/").startswith("/".join(path)))
+        for report in (merge, mixed)
+    )
+    rounding = np.linalg.norm(pair.start[path] - pair.start[path].astype(BFLOAT16).astype(np.float64))
+    delta = np.linalg.norm(pair.end[path] - pair.start[path])
+    assert one["survival"][0]["relative_error"] == pytest.approx(rounding / delta, rel=1e-3)
+    assert other["survival"][0]["relative_error"] < 1e-5

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.checkpoints import restore_flat, save_step
 from tests.command import run
 from tests.interpolation import llama_tensors, read_model, same_bits, write_model
 
@@ -172,3 +173,27 @@ def test_more_alphas_than_one_reading_is_for(pair: tuple[Path, Path], tmp_path: 
     assert [point["status"] for point in report["points"]] == ["written"] * 21
     one, other = (read_model(tmp_path / "s" / f"alpha-{name}")["lm_head.weight"] for name in ("0.05", "0.95"))
     assert not same_bits(one, other)
+
+
+def test_an_nnx_fine_tune_moves_what_it_trained(tmp_path: Path) -> None:
+    """NNX stores what it froze and what it trained alike: only the kernels under adapters must be the base's."""
+    rng = np.random.default_rng(2)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.3, shape).astype(np.float32)
+
+    kernel, a, b = normal(6, 5), normal(6, 2), normal(2, 5)
+    head = {"kernel": {"value": normal(5, 3)}, "bias": {"value": normal(3)}}
+    moved = {"kernel": {"value": normal(5, 3)}, "bias": head["bias"]}
+    layer = {"kernel": {"value": kernel}}
+    tuned = {"dense": {**layer, "lora": {"lora_a": {"value": a}, "lora_b": {"value": b}}}, "head": moved}
+    paths = [
+        save_step(tmp_path / name / "1", tree) for name, tree in (("b", {"dense": layer, "head": head}), ("t", tuned))
+    ]
+    done = run("interpolate", *paths, "-o", tmp_path / "o", "--alpha", 0.25)
+    assert done.code == 0, done.stderr
+    found = restore_flat(tmp_path / "o" / "params", root=())
+    assert np.allclose(found["dense", "kernel"], kernel + 0.25 * a.astype(np.float64) @ b, atol=1e-6)
+    ideal = 0.75 * head["kernel"]["value"] + 0.25 * moved["kernel"]["value"]
+    assert np.allclose(found["head", "kernel"], ideal, atol=1e-6)
+    assert same_bits(found["head", "bias"], head["bias"]["value"])
