@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,27 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge_cli import __version__
-from lora_merge_cli.errors import LoraMergeError, OutputExists, SomeFailed, UsageError, VerificationFailed
+from lora_merge_cli.errors import LoraMergeError, OutputExists, SomeFailed, UsageError
 from lora_merge_cli.formats.interface import DEFAULT_SHARD_BYTES, PROVENANCE, Compression
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs
 from lora_merge_cli.merging import prepare_opened
 from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.placing import AUTO, placement
-from lora_merge_cli.prepared import MergeRequest, Prepared, provenance_path
-from lora_merge_cli.recording import peak_rss, size_of, versions
+from lora_merge_cli.prepared import MergeRequest, Prepared
+from lora_merge_cli.recording import peak_rss, versions
 from lora_merge_cli.report import (
     InterpolateReport,
     MergeReport,
     OutputReport,
-    PartRecord,
     PointRecord,
-    SiteRecord,
-    SurvivalRecord,
     SweepReport,
 )
+from lora_merge_cli.resuming import finished, refuse_unverified
 from lora_merge_cli.staging import anchored
-from lora_merge_cli.verification import Judging, judge, open_result
+from lora_merge_cli.verification import Judging
 
 if TYPE_CHECKING:
     from lora_merge_cli.listening import Listener
@@ -197,13 +194,13 @@ def interpolate(
     if prepared.is_single:
         (point,) = prepared.points
         if point.kept is not None:
-            _refuse_unverified(point, listener)
+            refuse_unverified(point.prepared, point.kept, listener)
             return point.kept
         (done,) = produce([point.prepared], listener, beside)
         if isinstance(done, LoraMergeError):
             raise done
         return _interpolation(done)
-    points = [_kept(point, listener) for point in prepared.points if point.kept is not None]
+    points = [_kept(point, point.kept, listener) for point in prepared.points if point.kept is not None]
     waiting = [point for point in prepared.points if point.kept is None]
     for first in range(0, len(waiting), _AT_A_TIME):
         batch = waiting[first : first + _AT_A_TIME]
@@ -233,35 +230,13 @@ def interpolate(
     return report
 
 
-def _kept(point: Point, listener: Listener | None) -> PointRecord:
+def _kept(point: Point, report: InterpolateReport, listener: Listener | None) -> PointRecord:
     """An output that is there already, verified again if that is asked for."""
     try:
-        _refuse_unverified(point, listener)
+        refuse_unverified(point.prepared, report, listener)
     except LoraMergeError as error:
         return _outcome(point, error)
-    return _point(point, "kept", point.kept)
-
-
-def _refuse_unverified(point: Point, listener: Listener | None) -> None:
-    """Refuse an output of an earlier run that fails a check, where results are to be verified.
-
-    Raises:
-        VerificationFailed: It does.
-    """
-    request = point.prepared.request
-    if request.verify is None or request.output is None or point.kept is None:
-        return
-    verdict = judge(open_result(request.output), point.prepared.inputs, request.options, request.verify, listener)
-    failed = [check for check in verdict.checks if check.status == "fail"]
-    if failed:
-        error = VerificationFailed(
-            f"the output of an earlier run fails {len(failed)} checks",
-            where=request.output,
-            found="; ".join(f"{check.id}: {check.message}" for check in failed),
-            hint="remove it, or pass --overwrite instead of --resume",
-        )
-        error.report = dataclasses.replace(point.kept, checks=verdict.checks, status="rejected")
-        raise error
+    return _point(point, "kept", report)
 
 
 def alpha_name(alpha: float) -> str:
@@ -317,52 +292,8 @@ def _prepared_point(request: InterpolateRequest, inputs: Inputs, alpha: float) -
     if request.resume and output is not None and output.exists():
         # What is there is not to be replaced, whatever it is.
         prepared = prepare_opened(dataclasses.replace(merge, overwrite=True), inputs)
-        return Point(alpha, prepared, _finished(prepared, output))
+        return Point(alpha, prepared, finished(prepared, _interpolation(prepared.report()), output))
     return Point(alpha, prepare_opened(merge, inputs))
-
-
-def _finished(prepared: Prepared, output: Path) -> InterpolateReport:
-    """What the run that finished an output said of it.
-
-    Raises:
-        OutputExists: Something else is there.
-    """
-    path = provenance_path(output) if prepared.placement.is_file else output / PROVENANCE
-    planned = _interpolation(prepared.report())
-    try:
-        document = json.loads(path.read_text())
-        same = document["command"] == "interpolate" and document["plan_digest"] == planned.plan_digest
-        written = size_of(output) - (0 if prepared.placement.is_file else path.stat().st_size)
-        if same and written >= document["bytes_on_disk"]:
-            return dataclasses.replace(
-                planned,
-                status="interpolated",
-                sites=tuple(map(_with_survival, planned.sites, document["sites"])),
-                parts=tuple(PartRecord(**{**part, "alphas": tuple(part["alphas"])}) for part in document["parts"]),
-                bytes_on_disk=document["bytes_on_disk"],
-                seconds=document["seconds"],
-                notes=(*planned.notes, "an earlier run had finished it"),
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{path.name}: {error}"
-    else:
-        found = "fewer bytes than were written" if same else "the result of other inputs, alphas or flags"
-    raise OutputExists(
-        "the output exists, and is not what this run would make",
-        where=output,
-        found=found,
-        hint="choose another -o, or pass --overwrite instead of --resume",
-    )
-
-
-def _with_survival(site: SiteRecord, document: dict[str, Any]) -> SiteRecord:
-    """A planned site with what an earlier run measured of it."""
-    return dataclasses.replace(
-        site,
-        relative_norm=document["relative_norm"],
-        max_abs=document["max_abs"],
-        survival=tuple(SurvivalRecord(**each) for each in document["survival"]),
-    )
 
 
 def _outcome(point: Point, result: OutputReport | LoraMergeError) -> PointRecord:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lora_merge_cli.changes import LeafChange, leaf_changes
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
-from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import NothingToMerge, Refused, ShapeMismatch, UnsupportedCheckpoint, UsageError, WrongBase
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.mixing import Mixing, Override
 from lora_merge_cli.options import MergeOptions
+from lora_merge_cli.pairing import Pairing, by_canonical_path, config_of_base, respelled
 from lora_merge_cli.records import (
     AdapterSite,
     Dropped,
@@ -29,7 +27,6 @@ from lora_merge_cli.records import (
 from lora_merge_cli.selection import Selection, leaf_names, matches_any, site_names
 
 _RESCALING = "dora"
-_SHAPING = ("vocab_size", "tie_word_embeddings")
 _BY_BASE = "the base does not have it so, and --only-common base decides"
 
 
@@ -108,7 +105,7 @@ def _frozen_bases(inputs: Inputs, sites: Sequence[AdapterSite]) -> Mapping[KeyPa
     if inputs.base is None:
         return {}
     index = inputs.checkpoint.source.index()
-    available = _by_canonical_path(inputs.dialect, inputs.base.source.index().tensors.values())
+    available = by_canonical_path(inputs.dialect, inputs.base.source.index().tensors.values())
     frozen = _frozen(inputs, sites)
     matched, wrong = {}, []
     for path in frozen:
@@ -134,10 +131,6 @@ def _frozen(inputs: Inputs, sites: Sequence[AdapterSite]) -> list[KeyPath]:
     return [path for path, group in grouping.items() if group in ("frozen", "lora")]
 
 
-def _by_canonical_path(dialect: Dialect, specs: Iterable[TensorSpec]) -> dict[KeyPath, TensorSpec]:
-    return {dialect.canonical(spec.path): spec for spec in specs}
-
-
 def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: MergeOptions, mixing: Mixing) -> Outline:
     """A fine-tune, with adapters inside or dense, beside its base."""
     assert inputs.base is not None, "there is one"
@@ -146,7 +139,7 @@ def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: Me
     if not survey.sites:
         _refuse_adapter_options(options)
     leaves = _all_leaves(inputs, survey, selection, options)
-    apart = _Apart.of(dialect, leaves.values(), source.index().tensors.values())
+    apart = Pairing.of(dialect, leaves.values(), source.index().tensors.values())
     if apart and side is None:
         raise WrongBase(
             "leaves that only one side has, or that differ in shape",
@@ -178,12 +171,12 @@ def _with_base(inputs: Inputs, survey: Survey, selection: Selection, options: Me
         moved = dataclasses.replace(leaf, anchor=spec, asked=not survey.sites)
         leaves[path] = dataclasses.replace(leaf, decided=True) if spec is None else moved
     unmixed = [display(path) for path in apart.odd if side == "tuned"]
-    config = _config_of_base(inputs) if side == "base" and apart else {}
+    config = config_of_base(inputs) if side == "base" and apart else {}
     return Outline(leaves, bases, selection, tuple(dropped), tuple(unmixed), tuple(notes), config)
 
 
 def _with_those_of_base(
-    dialect: Dialect, leaves: Mapping[KeyPath, LeafChange], apart: _Apart
+    dialect: Dialect, leaves: Mapping[KeyPath, LeafChange], apart: Pairing
 ) -> dict[KeyPath, LeafChange]:
     """The leaves as the base has them, where the two differ: without those that it does not have, and with its own."""
     found = {path: leaf for path, leaf in leaves.items() if apart.odd.get(path, leaf) is not None}
@@ -192,7 +185,7 @@ def _with_those_of_base(
             found[path] = _of_base(path, spec)
     example = next(iter(leaves))
     for spec in apart.only_base:
-        path = _respelled(dialect.canonical(spec.path), example, dialect.canonical(example))
+        path = respelled(dialect.canonical(spec.path), example, dialect.canonical(example))
         found[path] = _of_base(path, spec)
     return found
 
@@ -213,78 +206,8 @@ def _refuse_adapter_options(options: MergeOptions) -> None:
             )
 
 
-def _config_of_base(inputs: Inputs) -> dict[str, Any]:
-    """What a loader shapes the model's leaves by, where the base says it otherwise."""
-    if inputs.base is None or inputs.checkpoint.config is None:
-        return {}
-    theirs, own = (dict(_shaping(config)) for config in (inputs.base.config or {}, inputs.checkpoint.config))
-    return {key: value for key, value in theirs.items() if own.get(key, value) != value or key not in own}
-
-
-def _shaping(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _shaping(value, f"{prefix}{key}.")
-        elif key in _SHAPING:
-            yield f"{prefix}{key}", value
-
-
-def _are_alike(one: np.dtype[Any], other: np.dtype[Any]) -> bool:
-    """Whether there are numbers between those of two dtypes, or the two are the same."""
-    return one == other or (is_float(one) and is_float(other))
-
-
 def _of_base(path: KeyPath, spec: TensorSpec) -> LeafChange:
     return LeafChange(path, None, anchor=spec, alphas=(0.0,), decided=True)
-
-
-@dataclass(frozen=True)
-class _Apart:
-    """How the leaves of a fine-tune and of its base compare."""
-
-    both: Mapping[KeyPath, TensorSpec]
-    """The base's leaf of the same shape, by the fine-tune's path."""
-    odd: Mapping[KeyPath, TensorSpec | None]
-    """The fine-tune's others: the base's leaf of another shape, or None."""
-    only_base: tuple[TensorSpec, ...]
-    """The base's others."""
-
-    @classmethod
-    def of(cls, dialect: Dialect, leaves: Iterable[LeafChange], base: Iterable[TensorSpec]) -> _Apart:
-        """Match them by canonical path."""
-        available = _by_canonical_path(dialect, base)
-        both, odd = {}, {}
-        for leaf in leaves:
-            spec = available.pop(dialect.canonical(leaf.path), None)
-            if spec is not None and spec.shape == leaf.start.shape and _are_alike(spec.dtype, leaf.start.dtype):
-                both[leaf.path] = spec
-            else:
-                odd[leaf.path] = spec
-        return cls(both, odd, tuple(available.values()))
-
-    def __bool__(self) -> bool:
-        return bool(self.odd or self.only_base)
-
-    @property
-    def in_words(self) -> Iterator[str]:
-        """Each with what is wrong."""
-        for path, spec in self.odd.items():
-            yield f"{display(path)} ({'not in the base' if spec is None else f'{spec.shape} {spec.dtype.name} in the base'})"
-        for spec in self.only_base:
-            yield f"{spec.name} (only in the base)"
-
-
-def _respelled(canonical: KeyPath, example: KeyPath, example_canonical: KeyPath) -> KeyPath:
-    """A path as a tree spells it, by one of that tree's own: what it puts before and behind the canonical path."""
-    if len(example) == len(canonical) == len(example_canonical) == 1:
-        # One dotted name: what wrappers put before it.
-        wrapper = str(example[0]).removesuffix(str(example_canonical[0]))
-        return (f"{wrapper}{canonical[0]}",) if wrapper != example[0] else canonical
-    length = len(example_canonical)
-    for start in range(len(example) - length + 1):
-        if example[start : start + length] == example_canonical:
-            return (*example[:start], *canonical, *example[start + length :])
-    return canonical
 
 
 def _refuse_adapters_in_base(inputs: Inputs, tensors: Iterable[KeyPath]) -> None:
