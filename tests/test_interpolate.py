@@ -383,3 +383,31 @@ def test_a_merge_measures_against_the_checkpoints_kernel_and_an_interpolation_ag
     delta = np.linalg.norm(pair.end[path] - pair.start[path])
     assert one["survival"][0]["relative_error"] == pytest.approx(rounding / delta, rel=1e-3)
     assert other["survival"][0]["relative_error"] < 1e-5
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dtypes=st.tuples(*[st.sampled_from([np.float32, np.float16, BFLOAT16])] * 2),
+    alpha=st.floats(0.01, 0.99),
+    special=st.sampled_from([-0.0, np.inf, -np.inf, np.nan, 1e-40]),
+    data=st.integers(0, 1000),
+)
+def test_ends_are_bitwise_and_a_sweep_is_its_single_runs(
+    dtypes: tuple[object, object], alpha: float, special: float, data: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("law")
+    rng = np.random.default_rng(data)
+    start, end = (llama_tensors(rng, layers=1, dtype=dtype) for dtype in dtypes)
+    for side in (start, end):
+        side["lm_head.weight"][0, data % 8] = special
+    base, tuned = write_model(directory / "b", start), write_model(directory / "t", end)
+    name = repr(alpha)
+    flags = ("interpolate", base, tuned, "-o")
+    assert run(*flags, directory / "s", "--alpha", 0, "--alpha", name, "--alpha", 1).code == 0
+    assert run(*flags, directory / "o", "--alpha", name, "--jobs", 1).code == 0
+    swept = {point: read_model(directory / "s" / f"alpha-{point}") for point in ("0", name, "1")}
+    single = read_model(directory / "o")
+    for key, values in end.items():
+        assert same_bits(swept["0"][key], start[key].astype(values.dtype)), key
+        assert same_bits(swept["1"][key], values), key
+        assert same_bits(swept[name][key], single[key]), key
