@@ -195,8 +195,6 @@ def _refuse_adapter_options(options: MergeOptions) -> None:
         "--include": options.include,
         "--exclude": options.exclude,
         "--scale": options.multiplier != 1,
-        "--lora-alpha": options.scales.alpha,
-        "--rslora": options.scales.rslora,
     }
     for flag, value in given.items():
         if value:

@@ -152,9 +152,7 @@ def test_a_wrapped_fine_tune_gets_the_bases_leaves_under_its_own_names(tmp_path:
     assert read_model(tmp_path / "o").keys() == {f"module.{name}" for name in start}
 
 
-@pytest.mark.parametrize(
-    "flags", [("--include", "lm_head*"), ("--exclude", "nothing"), ("--scale", 2), ("--lora-alpha", 8), ("--rslora",)]
-)
+@pytest.mark.parametrize("flags", [("--include", "lm_head*"), ("--exclude", "nothing"), ("--scale", 2)])
 def test_flags_of_adapters_need_some(flags: tuple[object, ...], pair: tuple[Path, Path], tmp_path: Path) -> None:
     done = run("interpolate", *pair, "-o", tmp_path / "o", "--alpha", 0.5, *flags)
     assert done.code == 2 and str(flags[0]) in done.error
