@@ -155,6 +155,7 @@ class HostWork:
 
         Raises:
             NonFiniteInput: A value is NaN or Inf on one side, and not the same on the other.
+            Unrepresentable: A result is beyond float64.
             UnsupportedCheckpoint: The sides differ, neither is asked for, and there is nothing between their numbers.
         """
         tuned, anchor = _both(block)
@@ -185,7 +186,13 @@ class HostWork:
                 found="NaN or Inf on one side",
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.where(same, tuned, anchor + alpha * (tuned - anchor))
+            change = alpha * (tuned - anchor)
+            mixed = np.where(np.isfinite(change), anchor + change, (1 - alpha) * anchor + alpha * tuned)
+        if not (same | np.isfinite(mixed)).all():
+            raise Unrepresentable(
+                "the interpolated leaf overflows float64", where=self._where, hint="take an alpha nearer to [0, 1]"
+            )
+        return np.where(same, tuned, mixed)
 
     def take(self, block: Block, computed: Array) -> Array:  # noqa: ARG002  (others need it)
         """See `LeafWork.take`."""

@@ -195,3 +195,13 @@ def test_an_nnx_fine_tune_moves_what_it_trained(tmp_path: Path) -> None:
     ideal = 0.75 * head["kernel"]["value"] + 0.25 * moved["kernel"]["value"]
     assert np.allclose(found["head", "kernel"], ideal, atol=1e-6)
     assert same_bits(found["head", "bias"], head["bias"]["value"])
+
+
+def test_float64_differences_beyond_float64(tmp_path: Path) -> None:
+    largest = np.finfo(np.float64).max
+    start, end = {"model.norm.weight": np.array([largest, 1.0])}, {"model.norm.weight": np.array([-largest, 2.0])}
+    base, tuned = write_model(tmp_path / "b", start), write_model(tmp_path / "t", end)
+    assert run("interpolate", base, tuned, "-o", tmp_path / "o", "--alpha", 0.25).code == 0
+    assert np.allclose(read_model(tmp_path / "o")["model.norm.weight"], [0.5 * largest, 1.25], rtol=1e-15)
+    refused = run("interpolate", base, tuned, "-o", tmp_path / "p", "--alpha", 2, "--extrapolate")
+    assert refused.code == 4 and "overflows float64" in refused.error
