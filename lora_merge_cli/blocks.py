@@ -14,8 +14,18 @@ from lora_merge_cli.compare import count_non_finite
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.factors import FactorReader, one_layer
 from lora_merge_cli.inputs import Inputs
-from lora_merge_cli.operations import Contribution, KernelUpdate, OutputNorms, operation_named
-from lora_merge_cli.operations.add_delta import scaled_factors
+from lora_merge_cli.operations import (
+    Contribution,
+    KernelUpdate,
+    OutputNorms,
+    is_row_operation,
+    operation_named,
+    row_operation_named,
+)
+from lora_merge_cli.operations.add_delta import arranged_factors, scaled_factors
+from lora_merge_cli.operations.chain import Chain, RowSite, outputs_and_inputs
+from lora_merge_cli.operations.combine import Part, combine, departure
+from lora_merge_cli.operations.sequence import in_sequence, partial
 from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.reading import scan_start
 from lora_merge_cli.records import AdapterSite, Array, Region, full_region, grid
@@ -43,8 +53,10 @@ class Block:
     """Where it lies in its layer; in the leaf where no layers are stacked."""
     sides: Sides
     """Its values."""
-    updates: tuple[KernelUpdate | None, ...]
+    updates: tuple[KernelUpdate | None, ...] = ()
     """For each output what the leaf's sites do to its layer; None where they do nothing, alpha being 0."""
+    chain: Chain | None = None
+    """What its sites make of it at alpha 1, where one of them is no low-rank product; there are no `updates` then."""
 
 
 class BlockReader:
@@ -62,6 +74,8 @@ class BlockReader:
         self._inputs = inputs
         self._factors = factors
         self._device = device
+        self.departures: dict[str, float] = {}
+        """Of what is combined, by kernel and layer: how far it is from the sum of the deltas; see `combine.departure`."""
 
     def read(self, steps: Sequence[Step], pool: ThreadPoolExecutor) -> Iterator[Block]:
         """The blocks of a leaf, from the first to the last.
@@ -78,7 +92,7 @@ class BlockReader:
         regions = list(grid(full_region(step.source.shape), step.block))
         if not step.sites:
             for region, sides in self._scanned(step, regions, pool):
-                yield Block(region, region, sides, ())
+                yield Block(region, region, sides)
             return
         stacked = step.sites[0].parameters.equation.stacked
         sites = [one_layer(site) for site in step.sites]
@@ -86,11 +100,11 @@ class BlockReader:
         layers = zip(*(self._factors.layers(site) for site in step.sites), strict=True)
         for layer, factors in enumerate(layers):
             here = [region for region in regions if not stacked or region[0].start == layer]
-            updates = self._updates(steps, sites, factors, here, layer, pool)
+            changes = self._changes(steps, sites, factors, here, layer, pool)
             for region, sides in itertools.islice(scanned, len(here)):
-                yield Block(region, region[1:] if stacked else region, sides, updates)
+                yield Block(region, region[1:] if stacked else region, sides, *changes)
 
-    def _updates(
+    def _changes(
         self,
         steps: Sequence[Step],
         sites: Sequence[AdapterSite],
@@ -98,15 +112,23 @@ class BlockReader:
         regions: Sequence[Region],
         layer: int,
         pool: ThreadPoolExecutor,
-    ) -> tuple[KernelUpdate | None, ...]:
-        """What each output makes of one layer."""
+    ) -> tuple[tuple[KernelUpdate | None, ...], Chain | None]:
+        """What each output makes of one layer; see `Block`."""
         step, equation = steps[0], sites[0].parameters.equation
         shape = step.source.shape[len(step.source.shape) - len(equation.target) :]
         norms = [self._norms(step, site, own, regions, pool) for site, own in zip(sites, factors, strict=True)]
-
-        def contribution(site: AdapterSite, own: Mapping[str, Array], norm: Array | None, alpha: float) -> Contribution:
-            weight = site.weight * self._plan.multiplier * alpha
-            return operation_named(site.operation).contribute(site, own, weight, norm)
+        if any(is_row_operation(site.operation) for site in sites):
+            parts = [
+                self._row_site(site, own, shape)
+                if is_row_operation(site.operation)
+                else self._contribution(site, own, norm)
+                for site, own, norm in zip(sites, factors, norms, strict=True)
+            ]
+            return (), Chain(equation, shape, parts, self._device)
+        if self._plan.combining.is_sum:
+            whole = in_sequence([self._contribution(*each) for each in zip(sites, factors, norms, strict=True)])
+        else:
+            whole = self._combined(sites, factors, step.tensor_name(layer))
 
         def update(alpha: float) -> KernelUpdate | None:
             if alpha == 0 and step.mixed:
@@ -115,13 +137,35 @@ class BlockReader:
                 f"{self._inputs.checkpoint.source.path} :: {step.output.name}",
                 equation,
                 shape,
-                [contribution(*each, alpha) for each in zip(sites, factors, norms, strict=True)],
+                partial(whole, alpha),
                 step.output.dtype,
                 self._plan.serving_dtype,
                 self._device,
             )
 
-        return tuple(update(each.alpha_of(layer)) for each in steps)
+        return tuple(update(each.alpha_of(layer)) for each in steps), None
+
+    def _contribution(self, site: AdapterSite, factors: Mapping[str, Array], norms: Array | None) -> Contribution:
+        weight = site.weight * self._plan.multiplier
+        return operation_named(site.operation).contribute(site, factors, weight, norms)
+
+    def _combined(
+        self, sites: Sequence[AdapterSite], factors: Sequence[Mapping[str, Array]], name: str
+    ) -> Contribution:
+        """What ``--combine`` makes of several adapters' factors."""
+        parts = []
+        for site, own in zip(sites, factors, strict=True):
+            scale = site.parameters.scale.value
+            assert scale is not None, "a plan has no site without a scale"
+            parts.append(Part(*arranged_factors(site, own), site.weight * self._plan.multiplier, scale))
+        found = combine(parts, self._plan.combining, name)
+        self.departures[name] = departure(parts, found)
+        return found
+
+    def _row_site(self, site: AdapterSite, factors: Mapping[str, Array], shape: Sequence[int]) -> RowSite:
+        operation = row_operation_named(site.operation)
+        operands = operation.operands(site, factors, outputs_and_inputs(site.parameters.equation, shape))
+        return RowSite(operation, site, operands, site.weight * self._plan.multiplier)
 
     def _norms(
         self,
@@ -132,7 +176,7 @@ class BlockReader:
         pool: ThreadPoolExecutor,
     ) -> Array | None:
         """What an operation that rescales needs of one layer: a first pass over the kernel."""
-        if not operation_named(site.operation).needs_norms:
+        if is_row_operation(site.operation) or not operation_named(site.operation).needs_norms:
             return None
         a, b = (values.astype(np.float32) for values in scaled_factors(site, factors, 1.0))
         shape = step.source.shape[len(step.source.shape) - len(site.parameters.equation.target) :]

@@ -45,6 +45,8 @@ class LeafChange:
     """How much of the change to take: one for all of it, or one per stacked layer."""
     decided: bool = False
     """Whether ``--only-common``, or having no base, says which side it is of: it is not interpolated."""
+    declared: np.dtype[Any] | None = None
+    """What it counts as stored in, where that is not the dtype of `before`: see `Inputs.declared` and `Survey.dtypes`."""
     asked: bool = False
     """Whether ``--dtype`` is for it though no adapter changes it: without adapters it is for all that is interpolated."""
 
@@ -147,7 +149,7 @@ def _resizes(inputs: Inputs, found: Replacement) -> bool:
 
 def output_dtype(change: LeafChange, options: MergeOptions, dialect: Dialect) -> np.dtype[Any]:
     """What the leaf is stored in: that of the checkpoint's leaf, an adapter's where there is none, or what the user asks for."""
-    stored = change.before.dtype if change.before is not None else change.start.dtype
+    stored = change.declared or (change.before.dtype if change.before is not None else change.start.dtype)
     if not is_float(stored) or change.start.kind != "array":
         return stored
     if not (change.changes or change.asked):
@@ -232,7 +234,17 @@ def _refuse_unfit_site(inputs: Inputs, site: AdapterSite, start: TensorSpec) -> 
     """A site was found on the checkpoint's leaf; another adapter may bring that in another size."""
     source = inputs.source(site.adapter)
     tensors = source.index().tensors
+    before = inputs.checkpoint.source.index().tensors.get(site.targets[0])
     shapes = {role: factor.extents(tensors[factor.path].shape) for role, factor in site.factors.items()}
+    if "lora_b" not in shapes:
+        if before is not None and before.shape != start.shape:
+            raise ShapeMismatch(
+                "an adapter on a tensor that another adapter brings in another shape",
+                where=f"{source.path} :: {display(site.targets[0])}",
+                expected=before.shape,
+                found=start.shape,
+            )
+        return
     a, b = shapes.get("lora_a", (1,)), shapes["lora_b"]
     if site.parameters.equation.sizes(a, b, start.shape) is None:
         raise ShapeMismatch(

@@ -25,9 +25,10 @@ from lora_merge_cli.fan_out import Broadcast, SharedBlock
 from lora_merge_cli.formats.interface import Stored
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
-from lora_merge_cli.leaf_work import FusedWork, HostWork, LeafWork, MixedWork, can_mix, cast
+from lora_merge_cli.leaf_work import ChainedWork, FusedWork, HostWork, LeafWork, MixedWork, can_mix, cast
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.operations.add_delta import AddDelta
+from lora_merge_cli.operations import is_row_operation
+from lora_merge_cli.operations.dora import Dora
 from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.reading import nbytes
 from lora_merge_cli.records import Array, KeyPath, display, first_names
@@ -98,6 +99,11 @@ class Execution:
         self.factors = FactorFindings()
         """What was found of the factors."""
 
+    @property
+    def departures(self) -> Mapping[str, float]:
+        """See `BlockReader.departures`."""
+        return self._blocks.departures
+
     def check(self) -> None:
         """Read every factor once, and whatever must be equal, before anything is written.
 
@@ -113,7 +119,8 @@ class Execution:
 
     def _refuse_silence(self) -> None:
         plan = self._plan
-        silent = {id(site) for site in self.factors.silent if site.operation == AddDelta.name}
+        # A zero product leaves DoRA its magnitudes.
+        silent = {id(site) for site in self.factors.silent if site.operation != Dora.name}
         speaking = any(site.weight and id(site) not in silent for site in plan.sites)
         between = any(step.is_mixture for step in plan.steps)
         if between or any(found.weight for found in plan.replacements) or (speaking and plan.multiplier):
@@ -263,13 +270,15 @@ class Execution:
     def _works(self, steps: Sequence[Step]) -> list[LeafWork]:
         """What each output makes of a leaf."""
         step = steps[0]
+        serving = self._plan.serving_dtype
+        if any(is_row_operation(site.operation) for site in step.sites):
+            return [ChainedWork(each, self._source, serving, self._device) for each in steps]
         if step.sites:
-            serving = self._plan.serving_dtype
             return [FusedWork(each, number, self._source, serving) for number, each in enumerate(steps)]
         if not can_mix(step):
             return [HostWork(each, self._inputs) for each in steps]
         still = self._is_still(steps)
-        return [MixedWork(each, self._inputs, self._plan.serving_dtype, self._device, still=still) for each in steps]
+        return [MixedWork(each, self._inputs, serving, self._device, still=still) for each in steps]
 
     def _is_still(self, steps: Sequence[Step]) -> bool:
         """Whether the fine-tune did not move a leaf, where only a look at all of it can tell: it is the base's, rounded.

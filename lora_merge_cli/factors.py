@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lora_merge_cli.compare import count_non_finite
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.lowrank import LeafDigest, adapter_digest, delta_singular_values, mean_spectrum, with_ones
+from lora_merge_cli.operations import is_row_operation, operation_named
 from lora_merge_cli.plan import MergePlan
 from lora_merge_cli.records import AdapterSite, Array, KeyPath, TensorSpec, full_region
 
 _LEAVES_KEPT = 4
+_PRODUCT = {"lora_a", "lora_b"}
 
 FactorKey = tuple[int | None, KeyPath]
 """An adapter's number, None for the checkpoint, and a leaf of it."""
@@ -24,6 +26,11 @@ def one_layer(site: AdapterSite) -> AdapterSite:
     """The site as it is in each of its layers: the same where none are stacked."""
     parameters = dataclasses.replace(site.parameters, equation=site.parameters.equation.of_one_layer)
     return dataclasses.replace(site, parameters=parameters)
+
+
+def effective(site: AdapterSite, factors: Mapping[str, Array]) -> Mapping[str, Array]:
+    """What a site's operation computes from: of a low-rank one `lora_a` and `lora_b`, whatever the adapter keeps."""
+    return factors if is_row_operation(site.operation) else operation_named(site.operation).reduce(site, with_ones(dict(factors)))
 
 
 class FactorReader:
@@ -36,19 +43,19 @@ class FactorReader:
         self._inputs = inputs
         self._leaf = functools.lru_cache(_LEAVES_KEPT)(self._read)
 
-    def layers(self, site: AdapterSite) -> Iterator[dict[str, Array]]:
+    def layers(self, site: AdapterSite) -> Iterator[Mapping[str, Array]]:
         """A site's factors by role for each stacked layer, or once, as the equation of `one_layer` takes them; stored dtypes.
 
         Raises:
             CorruptCheckpoint: One cannot be read.
         """
         for parts in self.parts(site):
-            yield with_ones({role: part for role, (part, _) in parts.items()})
+            yield effective(site, {role: part for role, (part, _) in parts.items()})
 
-    def read(self, site: AdapterSite) -> dict[str, Array]:
+    def read(self, site: AdapterSite) -> Mapping[str, Array]:
         """A site's factors by role, all layers at once, as its own equation takes them; see `layers`."""
-        return with_ones(
-            {role: factor.of(self._leaf((site.adapter, factor.path))) for role, factor in site.factors.items()}
+        return effective(
+            site, {role: factor.of(self._leaf((site.adapter, factor.path))) for role, factor in site.factors.items()}
         )
 
     def parts(self, site: AdapterSite) -> Iterator[dict[str, tuple[Array, Array]]]:
@@ -79,7 +86,7 @@ class FactorFindings:
     digests: list[str] = field(default_factory=list)
     """Of the factors' names, shapes, dtypes and values; see `lowrank.adapter_digest`."""
     spectra: list[tuple[float, ...]] = field(default_factory=list)
-    """The singular values of the delta; see `lowrank.mean_spectrum`."""
+    """The singular values of the delta, see `lowrank.mean_spectrum`; none where it is no low-rank product."""
     silent: list[AdapterSite] = field(default_factory=list)
     """The sites one of whose factors is zero."""
 
@@ -102,23 +109,23 @@ def check_factors(plan: MergePlan, inputs: Inputs, reader: FactorReader) -> Fact
         speaking: set[str] = set()
         singular: list[Array] = []
         for parts in reader.parts(site):
-            for role, (part, stored) in parts.items():
+            for role, (_, stored) in parts.items():
                 if role in unseen:
                     unseen[role].add(stored)
-                if part.any():
-                    speaking.add(role)
-            if not any(leaf.non_finite for leaf in unseen.values()):
-                factors = with_ones({role: part for role, (part, _) in parts.items()})
-                equation = site.parameters.equation.of_one_layer
-                singular.append(delta_singular_values(equation, factors["lora_a"], factors["lora_b"]))
+            if is_row_operation(site.operation) or any(leaf.non_finite for leaf in unseen.values()):
+                continue
+            factors = effective(site, {role: part for role, (part, _) in parts.items()})
+            speaking |= {role for role in _PRODUCT if factors[role].any()}
+            equation = site.parameters.equation.of_one_layer
+            singular.append(delta_singular_values(equation, factors["lora_a"], factors["lora_b"]))
         for leaf in unseen.values():
             leaf.refuse_non_finite(inputs, site)
         digests = {role: leaves[site.adapter, factor.path].digest.text for role, factor in site.factors.items()}
         found.digests.append(adapter_digest(digests))
-        if {"lora_a", "lora_b"} & site.factors.keys() - speaking:
+        if singular and speaking != _PRODUCT:
             found.silent.append(site)
         scale = (site.parameters.scale.value or 0.0) * site.weight * plan.multiplier
-        found.spectra.append(mean_spectrum(singular, scale))
+        found.spectra.append(mean_spectrum(singular, scale) if singular else ())
     return found
 
 

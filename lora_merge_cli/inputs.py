@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_merge_cli.dialects import (
     AdapterDialect,
@@ -17,10 +19,12 @@ from lora_merge_cli.dialects import (
     Tree,
     detect_adapter_dialect,
     detect_dialect,
+    looks_like_adapter,
 )
 from lora_merge_cli.errors import ConflictingAdapters, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint, Source
+from lora_merge_cli.joining.method import Joining
 from lora_merge_cli.records import Created, Dropped, KeyPath, Replacement, Survey, display
 
 
@@ -56,6 +60,28 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class FineTune:
+    """One of several opened fine-tunes of one base."""
+
+    inputs: Inputs
+    """What it is made of: a checkpoint, with or without adapters inside, or the base with an adapter."""
+    weight: float
+    """What its difference from the base is multiplied by."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where its changes come from: the adapter, where that lies beside the base."""
+        return self.inputs.adapters[0].checkpoint if self.inputs.adapters else self.inputs.checkpoint
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether its leaves are to be merged before they are anything."""
+        return bool(self.inputs.adapters) or any(
+            looks_like_adapter(path) for path in self.inputs.checkpoint.source.index().tensors
+        )
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything opened."""
 
@@ -67,6 +93,12 @@ class Inputs:
     """The adapters beside the checkpoint."""
     base: Checkpoint | None = None
     """The float32 checkpoint that a fine-tune with adapters inside started from."""
+    joined: tuple[FineTune, ...] = ()
+    """The fine-tunes that `checkpoint` is computed from, where it is none by itself."""
+    joining: Joining | None = None
+    """How it is computed from them."""
+    declared: Mapping[KeyPath, np.dtype[Any]] = field(default_factory=dict)
+    """What leaves of a computed checkpoint count as stored in."""
 
     def source(self, adapter: int | None) -> Source:
         """The arrays of an adapter, by its number, or of the checkpoint."""
@@ -80,7 +112,7 @@ class Inputs:
     @property
     def opened(self) -> tuple[tuple[str, Checkpoint], ...]:
         """Every input with its role."""
-        found = [("checkpoint", self.checkpoint)]
+        found = [("tuned", part.checkpoint) for part in self.joined] or [("checkpoint", self.checkpoint)]
         if self.base is not None:
             found.append(("base", self.base))
         return (*found, *(("adapter", adapter.checkpoint) for adapter in self.adapters))
@@ -169,6 +201,7 @@ def survey_inputs(inputs: Inputs, scales: ScaleOptions, *, residual_base: bool =
         created=created,
         equal=tuple(dict.fromkeys(pair for survey in surveys for pair in survey.equal)),
         config=config,
+        dtypes=_joint_dtypes(surveys),
     )
 
 
@@ -207,6 +240,15 @@ def _joint_config(surveys: Iterable[Survey]) -> Mapping[str, Any]:
                     f"two adapters want another {key} in config.json", found=f"{joint[key]} and {value}"
                 )
     return joint
+
+
+def _joint_dtypes(surveys: Sequence[Survey]) -> Mapping[KeyPath, np.dtype[Any]]:
+    """What the fine-tunes keep leaves in, where those that say so agree."""
+    said: dict[KeyPath, set[np.dtype[Any]]] = {}
+    for survey in surveys:
+        for path, dtype in survey.dtypes.items():
+            said.setdefault(path, set()).add(dtype)
+    return {path: next(iter(dtypes)) for path, dtypes in said.items() if len(dtypes) == 1}
 
 
 def _refuse_rivals(inputs: Inputs, surveys: Sequence[Survey]) -> None:

@@ -32,6 +32,7 @@ from lora_merge_cli.staging import anchored
 from lora_merge_cli.verification import Judging
 
 if TYPE_CHECKING:
+    from lora_merge_cli.fine_tunes import JoinRequest
     from lora_merge_cli.listening import Listener
 
 _AT_A_TIME = 16  # outputs that one reading of the inputs is for: each takes its buffers, and threads of its own
@@ -42,7 +43,7 @@ class InterpolateRequest:
     """What to interpolate between, and where to."""
 
     base: Path
-    """The base: of the fine-tune, or of the adapters beside it. With `Mixing.deltas_only` the fine-tune itself."""
+    """The base: of one fine-tune or several, or of the adapters beside it. With `Mixing.deltas_only` the fine-tune itself."""
     tuned: Path | None = None
     """The fine-tune: a run, step or item directory with adapters inside, or a dense checkpoint."""
     output: Path | None = None
@@ -53,6 +54,8 @@ class InterpolateRequest:
     """All other rules; each of `alphas` takes the place of its own."""
     adapters: tuple[AdapterChoice, ...] = ()
     """The adapters beside the base."""
+    several: JoinRequest | None = None
+    """Instead of one fine-tune several, which are joined into one first."""
     step: int | None = None
     """Which step of a run; the newest if None."""
     dialect: str | None = None
@@ -150,19 +153,34 @@ def prepare_interpolation(request: InterpolateRequest) -> PreparedInterpolation:
         OutputExists: An output exists and may not be replaced.
     """
     _check(request)
-    inputs = open_inputs(
-        request.base if request.tuned is None else request.tuned,
-        request.adapters,
-        base=None if request.tuned is None else request.base,
-        step=request.step,
-        dialect=request.dialect,
-    )
+    inputs = _open(request)
     place = placement(request.output, request.to, inputs.checkpoint, request.max_shard_bytes, request.compression)
     if place.is_file and len(request.alphas) > 1:
         raise UsageError(
             "several alphas, and an output that is one file", where=request.output, hint="name a directory"
         )
     return PreparedInterpolation(request, inputs, tuple(_prepared_point(request, inputs, a) for a in request.alphas))
+
+
+def _open(request: InterpolateRequest) -> Inputs:
+    if request.several is not None:
+        from lora_merge_cli.joined_inputs import open_joined
+
+        return open_joined(
+            request.base,
+            request.several,
+            step=request.step,
+            dialect=request.dialect,
+            options=request.options,
+            device=request.device,
+        )
+    return open_inputs(
+        request.base if request.tuned is None else request.tuned,
+        request.adapters,
+        base=None if request.tuned is None else request.base,
+        step=request.step,
+        dialect=request.dialect,
+    )
 
 
 def interpolate(
@@ -249,9 +267,12 @@ def _check(request: InterpolateRequest) -> None:
         raise UsageError("no alpha", hint="pass --alpha 0.5, or a range as in --alpha 0:1:0.25")
     if len(set(request.alphas)) < len(request.alphas):
         raise UsageError("one alpha twice", found=", ".join(map(alpha_name, request.alphas)))
-    if request.tuned is not None and request.adapters:
+    tuned = request.tuned is not None or request.several is not None
+    if request.tuned is not None and request.several is not None:
+        raise UsageError("one fine-tune, and several", hint="give one of the two")
+    if tuned and request.adapters:
         raise UsageError("a fine-tune and adapters", hint="give TUNED, or --adapter, and not both")
-    if request.mixing.deltas_only and (request.tuned is not None or request.adapters):
+    if request.mixing.deltas_only and (tuned or request.adapters):
         raise UsageError("--deltas-only is for a fine-tune without its base", hint="leave it out")
     if request.overwrite and request.resume:
         raise UsageError("--resume keeps what --overwrite replaces", hint="pass one of them")
@@ -277,7 +298,7 @@ def _prepared_point(request: InterpolateRequest, inputs: Inputs, alpha: float) -
         checkpoint=inputs.checkpoint.given,
         output=output,
         adapters=request.adapters,
-        base=None if request.tuned is None else request.base,
+        base=None if inputs.base is None else request.base,
         step=request.step,
         dialect=request.dialect,
         to=request.to,

@@ -98,6 +98,51 @@ class FusedWork:
         return anchor + FLOAT32.type(alpha) * (start - anchor), None
 
 
+class ChainedWork:
+    """A kernel with sites not all of which are low-rank: ``W + alpha * (W' - W)``, W' being what `Block.chain` makes of W.
+
+    Args:
+        step: The leaf.
+        source: Where the kernel comes from, for errors.
+        serving_dtype: What servers cast it to.
+        device: The JAX device to compute on.
+    """
+
+    def __init__(self, step: Step, source: Source, serving_dtype: np.dtype[Any], device: Any) -> None:
+        self._step = step
+        self._where = f"{source.path} :: {step.output.name}"
+        self._leaf = MixedLeaf(self._where, self._where, step.output.dtype, serving_dtype, device)
+
+    def compute(self, block: Block) -> tuple[Array, Any]:
+        """See `LeafWork.compute`."""
+        kernel = at_most_float32(block.sides.values)
+        assert block.chain is not None, "the leaf has a site that is no low-rank product"
+        alpha, anchor = self._step.alpha_of(0), block.sides.anchor
+        start = kernel if anchor is None else at_most_float32(anchor)
+        changed = start if alpha == 0 else block.chain.apply(block.inside, kernel)
+        return changed, self._leaf.compute(changed, start, alpha)
+
+    def take(self, block: Block, computed: tuple[Array, Any]) -> Array:
+        """See `LeafWork.take`."""
+        changed, mixed = computed
+        if not np.isfinite(changed).all():
+            if not np.isfinite(block.sides.values).all():
+                raise NonFiniteInput(
+                    "a kernel under an adapter is not finite",
+                    where=self._where,
+                    expected="finite values",
+                    found="NaN or Inf",
+                )
+            raise Unrepresentable(
+                "the merged kernel overflows float32", where=self._where, hint="the adapter is not one of this base"
+            )
+        return self._leaf.take(mixed)
+
+    def finish(self) -> tuple[Moments, ...]:
+        """See `LeafWork.finish`."""
+        return (self._leaf.finish(),)
+
+
 class MixedWork:
     """A leaf without a site that both sides have: ``W_base + alpha * (W_tuned - W_base)``.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_merge_cli.combining import Combining
 from lora_merge_cli.dialects import ScaleOptions
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.errors import UsageError
@@ -37,6 +38,8 @@ class MergeOptions:
     """Whether the base is the residual that an adapter's initialisation left of the model."""
     mixing: Mixing | None = None
     """How far to go from the base to the fine-tune; None for all the way, which is a merge."""
+    combining: Combining = field(default_factory=Combining)
+    """How several adapters on one kernel become one change."""
 
 
 def cast_dtype(choice: str, stored: np.dtype[Any], auto: np.dtype[Any]) -> np.dtype[Any]:

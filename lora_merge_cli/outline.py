@@ -89,11 +89,13 @@ def _all_leaves(
     gone |= {factor.path for site in selection.sites if site.adapter is None for factor in site.factors.values()}
     index = inputs.checkpoint.source.index()
     changes = leaf_changes(inputs, survey, selection, options)
-    return {
-        path: changes[path] if path in changes else LeafChange(path, spec)
+    leaves = {
+        path: changes[path] if path in changes else LeafChange(path, spec, declared=inputs.declared.get(path))
         for path, spec in {**index.tensors, **dict.fromkeys(changes)}.items()
         if path not in gone
     }
+    kept = {path: leaves[path] for path in survey.dtypes if path in leaves}
+    return leaves | {path: dataclasses.replace(leaf, declared=survey.dtypes[path]) for path, leaf in kept.items()}
 
 
 def _frozen_bases(inputs: Inputs, sites: Sequence[AdapterSite]) -> Mapping[KeyPath, TensorSpec]:

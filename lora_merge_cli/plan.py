@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
+from lora_merge_cli.combining import Combining, refuse_uncombinable
 from lora_merge_cli.dtypes import is_float, is_float8
 from lora_merge_cli.errors import (
     AlreadyMerged,
@@ -18,7 +19,8 @@ from lora_merge_cli.errors import (
 )
 from lora_merge_cli.inputs import Inputs, survey_inputs, tree_of
 from lora_merge_cli.mixing import Mixing
-from lora_merge_cli.operations import cut
+from lora_merge_cli.operations import cut, is_row_operation
+from lora_merge_cli.operations.interface import INTEGERS
 from lora_merge_cli.options import MergeOptions, check_options
 from lora_merge_cli.outline import Outline, outline
 from lora_merge_cli.records import (
@@ -81,6 +83,11 @@ class Step:
         """The alpha of one stacked layer."""
         return self.alphas[layer] if len(self.alphas) > 1 else self.alphas[0]
 
+    def tensor_name(self, layer: int) -> str:
+        """What random draws call one stacked layer of the leaf, or all of it where none are stacked."""
+        stacked = bool(self.sites) and self.sites[0].parameters.equation.stacked
+        return f"{self.output.name}#{layer}" if stacked else self.output.name
+
     @property
     def is_mixture(self) -> bool:
         """Whether it is interpolated with another leaf, and not by its deltas alone."""
@@ -130,6 +137,8 @@ class MergePlan:
     """An estimate of the largest resident size."""
     output_bytes: int
     """The size of all output arrays before compression."""
+    combining: Combining = field(default_factory=Combining)
+    """How several adapters on one kernel become one change."""
     mixing: Mixing | None = None
     """Of an interpolation: which alpha goes where."""
     unmixed: tuple[str, ...] = ()
@@ -152,6 +161,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         raise survey.problems[0]
     refuse_nothing(inputs, survey, selection, options)
     refuse_unscaled(inputs, selection.sites)
+    refuse_uncombinable(options.combining, [part.checkpoint.source.path for part in inputs.adapters], selection.sites)
     found = outline(inputs, survey, selection, options)
     selection = found.selection
     factors = {
@@ -180,6 +190,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         warnings=survey.warnings,
         peak_bytes=_peak_bytes(steps, factors.values()),
         output_bytes=sum(step.output.nbytes for step in steps),
+        combining=options.combining.of(len(inputs.adapters), selection.sites),
         mixing=options.mixing,
         unmixed=found.unmixed,
     )
@@ -299,7 +310,11 @@ def _refuse_unfit_dtypes(inputs: Inputs, change: LeafChange, options: MergeOptio
         leaves = [(path, spec)]
         for site in change.sites:
             source = inputs.source(site.adapter)
-            leaves += [(source.path, source.index().tensors[factor.path]) for factor in site.factors.values()]
+            leaves += [
+                (source.path, source.index().tensors[factor.path])
+                for role, factor in site.factors.items()
+                if role not in INTEGERS
+            ]
         for where, leaf in leaves:
             if not is_float(leaf.dtype):
                 raise UnsupportedCheckpoint(
@@ -328,6 +343,11 @@ def _block(change: LeafChange) -> tuple[int, ...]:
     start = change.start
     if change.sites:
         equation = change.sites[0].parameters.equation
+        if (
+            any(is_row_operation(site.operation) for site in change.sites)
+            and not cut(equation, start.shape).outputs_first
+        ):
+            return start.shape
         inner = cut(equation.of_one_layer, start.shape[1:] if equation.stacked else start.shape).block
         return (1, *inner) if equation.stacked else inner
     if len(change.alphas) > 1:

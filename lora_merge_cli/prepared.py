@@ -17,6 +17,8 @@ from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.placing import AUTO, Placement, config_corrections, lost_config
 from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.recording import (
+    combining_notes,
+    combining_record,
     dropped_records,
     group_records,
     leaf_records,
@@ -111,7 +113,8 @@ class Prepared:
         """What would be done."""
         plan, checkpoint = self.plan, self.inputs.checkpoint
         output = self.request.output
-        notes = [*plan.notes, *plan.model.advice]
+        combining = self.request.options.combining.of(len(self.inputs.adapters), plan.sites)
+        notes = [*plan.notes, *plan.model.advice, *combining_notes(combining)]
         notes += [f"config.json: {key} becomes {value}" for key, value in config_corrections(checkpoint, plan).items()]
         if checkpoint.left_out:
             notes.append(f"left out: {', '.join(checkpoint.left_out)}")
@@ -138,7 +141,7 @@ class Prepared:
             "parents": parents_of(checkpoint),
         }
         if plan.mixing is None:
-            return MergeReport(**said)
+            return MergeReport(**said, combining=combining_record(combining))
         return InterpolateReport(
             **said,
             mixing=mixing_record(plan.mixing),

@@ -24,11 +24,13 @@ from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.placing import companions_size, copy_companions
 from lora_merge_cli.prepared import Prepared, parents_of, provenance_path
 from lora_merge_cli.recording import (
+    departure_note,
     directory_size,
     mixed_records,
     part_records,
     peak_rss,
     versions,
+    with_departure,
     with_measurements,
     with_proofs,
 )
@@ -161,7 +163,9 @@ class _Run:
             "versions": versions(),
         }
         if isinstance(report, MergeReport):
-            return dataclasses.replace(report, status="merged", **said)
+            combined = with_departure(report.combining, self._execution.departures)
+            notes = (*report.notes, *departure_note(combined))
+            return dataclasses.replace(report, status="merged", combining=combined, notes=notes, **said)
         dialect = self._inputs.dialect
         return dataclasses.replace(
             report,

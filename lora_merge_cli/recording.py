@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_merge_cli import __version__
+from lora_merge_cli.combining import Combining
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
+    CombiningRecord,
     DroppedRecord,
     GroupRecord,
     LayerRecord,
@@ -40,9 +42,10 @@ _PACKAGES = ("jax", "numpy", "ml_dtypes", "tensorstore")
 
 def source_records(inputs: Inputs) -> tuple[SourceRecord, ...]:
     """The records of all that a merge reads."""
-    weights = iter(adapter.weight for adapter in inputs.adapters)
+    weights = iter([*(part.weight for part in inputs.joined), *(part.weight for part in inputs.adapters)])
     return tuple(
-        source_record(role, opened, next(weights) if role == "adapter" else None) for role, opened in inputs.opened
+        source_record(role, opened, next(weights) if role in ("adapter", "tuned") else None)
+        for role, opened in inputs.opened
     )
 
 
@@ -136,6 +139,56 @@ def mixing_record(mixing: Mixing) -> MixingRecord:
         only_common=mixing.only_common,
         deltas_only=mixing.deltas_only,
     )
+
+
+def combining_record(combining: Combining) -> CombiningRecord | None:
+    """The record of how several adapters become one change; None for the sum of their deltas.
+
+    Args:
+        combining: What `Combining.of` makes of the user's choice.
+    """
+    if combining.is_sum:
+        return None
+    return CombiningRecord(
+        method=combining.method,
+        density=combining.density,
+        seed=combining.seed if combining.draws else None,
+        svd_rank=combining.svd_rank,
+        majority_sign=combining.majority_sign if combining.elects else None,
+    )
+
+
+def with_departure(record: CombiningRecord | None, departures: Mapping[str, float]) -> CombiningRecord | None:
+    """The record with the largest of some departures, by kernel."""
+    if record is None or not departures:
+        return record
+    worst = max(departures, key=lambda name: departures[name])
+    return dataclasses.replace(record, departure=finite(departures[worst]), departure_of=worst)
+
+
+def departure_note(record: CombiningRecord | None) -> Sequence[str]:
+    """How far a combination is from the weighted sum of the deltas, in words."""
+    if record is None or record.departure is None:
+        return []
+    return [
+        f"--combine {record.method}: the change of a kernel is up to {100 * record.departure:.3g} % off the weighted sum of the "
+        f"adapters' deltas ({record.departure_of})"
+    ]
+
+
+def combining_notes(combining: Combining) -> Sequence[str]:
+    """What a reader should know of a combination that is not the sum of the deltas; see `combining_record`."""
+    if combining.crosses:
+        return [
+            f"--combine {combining.method} combines lora_A and lora_B each by itself, as PEFT does: their product has cross terms, one "
+            "adapter's B times another's A, and is not the sum of the adapters' changes (--combine sum)"
+        ]
+    if combining.is_svd:
+        return [
+            f"--combine {combining.method} truncates what the adapters make of a kernel together to rank {combining.svd_rank}, "
+            "as PEFT does: what is beyond is lost (--combine sum loses nothing)"
+        ]
+    return []
 
 
 def mixed_records(plan: MergePlan, dialect: Dialect, moments: Mapping[KeyPath, Moments]) -> tuple[MixedRecord, ...]:

@@ -20,6 +20,9 @@ Region: TypeAlias = tuple[slice, ...]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """A host array of any shape and dtype."""
 
+Setting: TypeAlias = bool | int | float | str
+"""A value of an adapter's configuration that an operation takes."""
+
 
 def display(path: KeyPath) -> str:
     """The path's name for people and globs: its parts joined with ``/``."""
@@ -178,6 +181,8 @@ class AdapterSite:
     """Which of the adapters beside the checkpoint holds the factors, from 0; None where the checkpoint does."""
     weight: float = 1.0
     """What the adapter's change is multiplied by; 1 is as trained."""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    """What else the operation needs to know, by the trainer's own names, for example ``coft``."""
 
     @property
     def name(self) -> str:
@@ -273,6 +278,8 @@ class Survey:
     """Pairs of leaves whose values must be the same, bit for bit, for the merge to be right."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the merge changes in the model's configuration, by key; a dotted key is a nested one."""
+    dtypes: Mapping[KeyPath, np.dtype[Any]] = field(default_factory=dict)
+    """What the fine-tune keeps leaves in, for those that the checkpoint keeps in another dtype."""
 
 
 @dataclass(frozen=True)

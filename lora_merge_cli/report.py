@@ -285,6 +285,27 @@ class MixingRecord(_Record):
 
 
 @dataclass(frozen=True)
+class CombiningRecord(_Record):
+    """How several adapters on one kernel became one change, other than by the sum of their deltas."""
+
+    method: str
+    """What PEFT calls ``combination_type``."""
+    density: float | None = None
+    """The share of entries that was kept; null where the method does not prune."""
+    seed: int | None = None
+    """What random pruning drew from; null where nothing is drawn."""
+    svd_rank: int | None = None
+    """The rank that changes were truncated to; null where they were not."""
+    majority_sign: Literal["total", "frequency"] | None = None
+    """How signs were elected; null where they were not."""
+    departure: float | None = None
+    """The largest ``|combined - sum| / |sum|`` of all kernels, Frobenius: what cross terms, pruning and truncation amount to beside
+    the weighted sum of the deltas. Null before it is measured."""
+    departure_of: str | None = None
+    """The kernel that has it, with its layer behind a ``#`` where layers are stacked."""
+
+
+@dataclass(frozen=True)
 class MixedRecord(_Record):
     """A leaf without a site that both sides have: it was interpolated between them."""
 
@@ -435,6 +456,8 @@ class MergeReport(OutputReport):
     """Which command made the report."""
     status: Literal["planned", "merged", "rejected"]
     """``rejected``: a check failed, and nothing appeared at the output."""
+    combining: CombiningRecord | None = None
+    """How several adapters became one change; null for the sum of their deltas, and of one adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -275,8 +275,8 @@ def test_a_summary_names_the_method():
     assert Peft().describe(tree(QUERY, CONFIG | {"use_rslora": True}), ScaleOptions()).method == "rsLoRA"
     dora = QUERY | {f"{PREFIX}{Q}.lora_magnitude_vector": (6,)}
     assert Peft().describe(tree(dora, CONFIG | {"use_dora": True}), ScaleOptions()).method == "DoRA"
-    other = Peft().describe(tree({}, {"peft_type": "VERA"}), ScaleOptions())
-    assert (other.method, len(other.problems)) == ("VERA", 1)
+    other = Peft().describe(tree({}, {"peft_type": "GRALORA"}), ScaleOptions())
+    assert (other.method, len(other.problems)) == ("GRALORA", 1)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def refused(error, words, *args, **others):
 @pytest.mark.parametrize(
     ("error", "words", "keys", "fields"),
     [
-        (UnsupportedCheckpoint, "peft_type IA3", QUERY, {"peft_type": "IA3"}),
+        (UnsupportedCheckpoint, "peft_type GRALORA", QUERY, {"peft_type": "GRALORA"}),
         (UnsupportedCheckpoint, "peft_type PREFIX_TUNING", {}, {"peft_type": "PREFIX_TUNING"}),
         (UnsupportedCheckpoint, "no peft_type", QUERY, {"peft_type": None}),
         (UnsupportedCheckpoint, "another method, LoHa", {f"{PREFIX}{Q}.hada_w1_a": (6, 2)}, {}),

@@ -108,15 +108,11 @@ METHODS: dict[str, Callable[[], Any]] = {
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
     "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
-    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "LOHA": lambda: peft.LoHaConfig(r=2, target_modules=QV),
-    "LOKR": lambda: peft.LoKrConfig(r=2, target_modules=QV),
     "VERA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj", "o_proj"], save_projection=False),
-    "OFT": lambda: peft.OFTConfig(oft_block_size=4, target_modules=QV),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=QV),
-    "HRA": lambda: peft.HRAConfig(r=2, target_modules=QV),
     "FOURIERFT": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=QV),
-    "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["norm"]),
+    "ROAD": lambda: peft.RoadConfig(group_size=4, target_modules=QV),
+    "VBLORA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, target_modules=QV),
+    "GRALORA": lambda: peft.GraloraConfig(r=4, gralora_k=2, target_modules=QV),
     "POLY": lambda: peft.PolyConfig(r=2, target_modules=QV),
 }
 

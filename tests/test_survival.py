@@ -35,7 +35,7 @@ SERVING = np.dtype(ml_dtypes.bfloat16)
 
 def update_of(site: AdapterSite, w: Any, a: Any, b: Any, dtype: Any) -> KernelUpdate:
     contribution = operation_named(site.operation).contribute(site, {"lora_a": a, "lora_b": b}, 1.0, None)
-    return KernelUpdate("w", site.parameters.equation, w.shape, [contribution], dtype, SERVING, jax.devices()[0])
+    return KernelUpdate("w", site.parameters.equation, w.shape, contribution, dtype, SERVING, jax.devices()[0])
 
 
 def site_for(equation: str, rank: int, scale: float) -> AdapterSite:

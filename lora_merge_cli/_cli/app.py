@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from lora_merge_cli import __version__
-from lora_merge_cli._cli import diff_command, inspect_command, interpolate_command, merge_command, verify_command
+from lora_merge_cli._cli import (
+    diff_command,
+    extract_command,
+    inspect_command,
+    interpolate_command,
+    merge_command,
+    resize_command,
+    verify_command,
+)
 from lora_merge_cli._cli.boundary import INTERRUPTED
 from lora_merge_cli._cli.options import WithOptionalValues
 
@@ -26,6 +34,8 @@ app.command(cls=WithOptionalValues, epilog=inspect_command.EPILOG)(inspect_comma
 app.command(cls=WithOptionalValues, epilog=merge_command.EPILOG)(merge_command.merge)
 app.command(cls=WithOptionalValues, epilog=interpolate_command.EPILOG)(interpolate_command.interpolate)
 app.command(cls=WithOptionalValues, epilog=verify_command.EPILOG)(verify_command.verify)
+app.command(cls=WithOptionalValues, epilog=extract_command.EPILOG)(extract_command.extract)
+app.command(epilog=resize_command.EPILOG)(resize_command.resize)
 app.command(epilog=diff_command.EPILOG)(diff_command.diff)
 app.command()(diff_command.schema)
 

@@ -26,6 +26,10 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge interpolate base/ --adapter adapter/ -o out/ --alpha 0.3
 
+  lora-merge interpolate base/ style/@0.6 facts/@0.4 -o soup/ --method ties --density 0.3
+
+  lora-merge interpolate pi0_base run/9999 run/29999 -o stacked/ --method task-arithmetic --sequential
+
   lora-merge interpolate checkpoints/run/29999 --deltas-only -o weaker/ --alpha 0.7
 
 Exit codes: 0 done; 1 --verify failed; 2 usage; 3 input missing or corrupt; 4 refused; 5 output exists;
@@ -43,22 +47,41 @@ def interpolate(
             show_default=False,
         ),
     ],
-    alpha: Annotated[
-        list[str],
-        typer.Option(
-            metavar="A|START:STOP:STEP",
-            help="How far to go from BASE, 0, to TUNED, 1. Repeatable; several write OUT/alpha-<value>/ each, and OUT/sweep.html.",
-            show_default=False,
-        ),
-    ],
     tuned: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Argument(
-            metavar="TUNED",
-            help="What alpha 1 is: a fine-tune of BASE, dense or with adapters inside. Without it: --adapter.",
+            metavar="[TUNED[@WEIGHT]]...",
+            help="What alpha 1 is: a fine-tune of BASE, dense or with adapters inside, or several that --method joins. "
+            "Without it: --adapter.",
             show_default=False,
         ),
     ] = None,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A|START:STOP:STEP",
+            help="How far to go from BASE, 0, to TUNED, 1; with --method 1 unless given. Repeatable; several write "
+            "OUT/alpha-<value>/ each, and OUT/sweep.html.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        options.JoinMethod | None,
+        typer.Option(help="How to join several TUNED into the one that alpha 1 is.", show_default=False),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Of ties and dare-ties: the share of the entries to keep.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="What dare-ties draws from.")] = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Each TUNED started from the one before it: its change is the difference of the two."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -119,6 +142,7 @@ def interpolate(
         from lora_merge_cli._cli.output import Output
         from lora_merge_cli._cli.parsing import parse_adapters, parse_size
         from lora_merge_cli._cli.parsing_alphas import parse_alphas
+        from lora_merge_cli._cli.parsing_fine_tunes import parse_fine_tunes
         from lora_merge_cli.errors import SomeFailed, VerificationFailed
         from lora_merge_cli.interpolating import InterpolateRequest, prepare_interpolation
         from lora_merge_cli.interpolating import interpolate as run
@@ -126,20 +150,22 @@ def interpolate(
         # Before the first thread: each would take its memory from an arena of its own.
         keep_freed_memory()
         options.check_output(output, dry_run)
-        _check_sides(tuned, adapter, deltas_only)
+        one, several = parse_fine_tunes(tuned, method, density, seed, sequential=sequential)
+        _check_sides(bool(tuned), adapter, deltas_only)
         judging = options.judging(verify, sample, min_gain, strict, jobs)
         asked = options.merge_options(
             lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
         )
-        alphas = parse_alphas(alpha)
+        alphas = parse_alphas(alpha or (() if several is None else ("1",)))
         prepared = prepare_interpolation(
             InterpolateRequest(
                 base,
-                tuned,
+                one,
                 output,
                 alphas,
                 options.mixing(alphas[0], alpha_for, alpha_schedule, extrapolate, only_common, deltas_only),
                 adapters=parse_adapters(adapter),
+                several=several,
                 step=step,
                 dialect=dialect,
                 to=to,
@@ -175,7 +201,7 @@ def interpolate(
                 out.deliver(done)
 
 
-def _check_sides(tuned: Path | None, adapter: Sequence[str] | None, deltas_only: bool) -> None:
+def _check_sides(tuned: bool, adapter: Sequence[str] | None, deltas_only: bool) -> None:
     """Refuse two fine-tunes, and a base where there shall be none.
 
     Raises:
@@ -183,17 +209,17 @@ def _check_sides(tuned: Path | None, adapter: Sequence[str] | None, deltas_only:
     """
     from lora_merge_cli.errors import UsageError
 
-    if tuned is not None and adapter:
+    if tuned and adapter:
         raise UsageError(
             "TUNED and --adapter are two fine-tunes",
             expected="one of them",
             hint="merge the adapter into TUNED first if both are meant",
         )
-    if deltas_only and (tuned is not None or adapter):
+    if deltas_only and (tuned or adapter):
         raise UsageError(
             "--deltas-only is for a fine-tune that has no base",
             expected="the checkpoint with adapters inside, alone",
-            found=f"BASE and {'--adapter' if tuned is None else 'TUNED'}",
+            found=f"BASE and {'TUNED' if tuned else '--adapter'}",
             hint="leave out --deltas-only to interpolate all that the fine-tune changed",
         )
 

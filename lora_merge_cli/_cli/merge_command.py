@@ -24,6 +24,10 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge merge base/ --adapter style/@0.7 --adapter noise/@-0.4 -o merged/ --to safetensors
 
+  lora-merge merge base/ --adapter style/@0.7 --adapter facts/ -o merged/ --combine ties --density 0.5
+
+  lora-merge merge base/ --adapter a/ --adapter b/ -o merged/ --combine dare_linear_svd --density 0.3 --seed 1 --svd-rank 32
+
   lora-merge merge checkpoints/run/29999 --dry-run --json
 
 Exit codes: 0 done; 1 --verify failed; 2 usage; 3 input missing or corrupt; 4 refused; 5 output exists;
@@ -43,6 +47,11 @@ def merge(
         ),
     ] = None,
     adapter: options.Adapters = None,
+    combine: options.CombineOption = options.Combine.sum,
+    density: options.Density = None,
+    seed: options.Seed = 0,
+    svd_rank: options.SvdRank = None,
+    majority_sign: options.MajoritySignOption = options.MajoritySign.total,
     base: options.Base = None,
     lora_alpha: options.LoraAlpha = None,
     rslora: options.RsLora = None,
@@ -88,7 +97,15 @@ def merge(
         options.check_output(output, dry_run)
         judging = options.judging(verify, sample, min_gain, strict, jobs)
         asked = options.merge_options(
-            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
+            lora_alpha,
+            rslora,
+            scale,
+            dtype,
+            dtype_untouched,
+            include,
+            exclude,
+            residual_base,
+            combining=options.combining(combine, density, seed, svd_rank, majority_sign, adapter),
         )
         prepared = prepare(
             MergeRequest(

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from lora_merge_cli.combining import Combining
     from lora_merge_cli.mixing import Mixing
     from lora_merge_cli.options import MergeOptions
     from lora_merge_cli.verification import Judging
@@ -77,6 +78,42 @@ class Rounding(enum.StrEnum):
     any = "any"
 
 
+class Combine(enum.StrEnum):
+    """Values of ``--combine``."""
+
+    sum = "sum"
+    linear = "linear"
+    cat = "cat"
+    svd = "svd"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+    magnitude_prune = "magnitude_prune"
+    ties_svd = "ties_svd"
+    dare_linear_svd = "dare_linear_svd"
+    dare_ties_svd = "dare_ties_svd"
+    magnitude_prune_svd = "magnitude_prune_svd"
+
+
+class MajoritySign(enum.StrEnum):
+    """Values of ``--majority-sign``."""
+
+    total = "total"
+    frequency = "frequency"
+
+
+class JoinMethod(enum.StrEnum):
+    """Values of ``--method``."""
+
+    linear = "linear"
+    slerp = "slerp"
+    task_arithmetic = "task-arithmetic"
+    ties = "ties"
+    dare_ties = "dare-ties"
+    model_stock = "model-stock"
+    karcher = "karcher"
+
+
 class CommonSide(enum.StrEnum):
     """Values of ``--only-common``."""
 
@@ -111,6 +148,30 @@ Adapters = Annotated[
         help="An adapter beside its base: a directory or a file; the weight multiplies its whole change. Repeatable.",
         show_default=False,
     ),
+]
+CombineOption = Annotated[
+    Combine,
+    typer.Option(
+        "--combine",
+        help="What several adapters make of one kernel: the sum of their changes, or what PEFT makes of their factors.",
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option(help="The share of entries to keep, where --combine prunes: above 0, up to 1.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="What --combine dare_... draws from.")]
+SvdRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="The rank of what --combine svd and ..._svd make; the largest of the adapters' if not given.",
+        show_default=False,
+    ),
+]
+MajoritySignOption = Annotated[
+    MajoritySign,
+    typer.Option("--majority-sign", help="The sign that --combine ties elects: of the sum, or of the most values."),
 ]
 DialectOption = Annotated[
     DialectName | None,
@@ -239,9 +300,11 @@ def merge_options(
     exclude: list[str] | None,
     residual_base: bool,
     mixing: Mixing | None = None,
+    combining: Combining | None = None,
 ) -> MergeOptions:
     """What a merge, and its judge, are asked for."""
     from lora_merge_cli._cli.parsing import parse_scales
+    from lora_merge_cli.combining import Combining
     from lora_merge_cli.options import MergeOptions
 
     return MergeOptions(
@@ -253,7 +316,33 @@ def merge_options(
         tuple(exclude or ()),
         residual_base,
         mixing,
+        combining or Combining(),
     )
+
+
+def combining(
+    combine: Combine,
+    density: float | None,
+    seed: int,
+    svd_rank: int | None,
+    majority_sign: MajoritySign,
+    adapters: list[str] | None,
+) -> Combining:
+    """How several adapters on one kernel become one change.
+
+    Raises:
+        UsageError: A value makes no sense with the method, or there are no adapters to combine.
+    """
+    from lora_merge_cli.combining import Combining
+    from lora_merge_cli.errors import UsageError
+
+    chosen = Combining(combine.value, density, seed, svd_rank, majority_sign.value)
+    if not chosen.is_sum and not adapters:
+        raise UsageError(
+            f"--combine {chosen.method} is for adapters beside the checkpoint",
+            hint="name them with --adapter, or leave it out",
+        )
+    return chosen
 
 
 def mixing(

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lora_merge_cli.errors import LoraMergeError
+from lora_merge_cli.extract_report import ExtractReport
 from lora_merge_cli.report import DiffReport, InterpolateReport, MergeReport, SweepReport, VerifyReport
-from lora_merge_cli.reports import AnyReport, ReportFiles, check_report_paths
+from lora_merge_cli.reports import ReportFiles, TextReport, check_report_paths
 from lora_merge_cli.reports.github import append_step_summary, check_step_summary
+from lora_merge_cli.resize_report import ResizeReport
 
 if TYPE_CHECKING:
     from lora_merge_cli.listening import Listener
@@ -65,14 +67,14 @@ class Output:
 
         return progress(word, visible=not self._quiet)
 
-    def finish(self, report: AnyReport) -> None:
+    def finish(self, report: TextReport) -> None:
         """Put the written reports in place, and print the result."""
         self.reports.publish()
         if self._github:
             append_step_summary(report)
         self.show(report)
 
-    def deliver(self, report: AnyReport) -> None:
+    def deliver(self, report: TextReport) -> None:
         """Write the reports and print the result, which is said even if a report cannot be written."""
         try:
             self.reports.write(report)
@@ -81,7 +83,7 @@ class Output:
             raise
         self.finish(report)
 
-    def show(self, report: AnyReport) -> None:
+    def show(self, report: TextReport) -> None:
         """Print the result. A reader that went away changes no exit code: that is the verdict."""
         try:
             if self._as_json:
@@ -94,7 +96,7 @@ class Output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _print(report: AnyReport) -> None:
+def _print(report: TextReport) -> None:
     match report:
         case MergeReport():
             from lora_merge_cli._cli.show_merge import print_merge
@@ -116,3 +118,11 @@ def _print(report: AnyReport) -> None:
             from lora_merge_cli._cli.show_diff import print_diff
 
             print_diff(report)
+        case ExtractReport():
+            from lora_merge_cli._cli.show_extract import print_extraction
+
+            print_extraction(report)
+        case ResizeReport():
+            from lora_merge_cli._cli.show_resize import print_resize
+
+            print_resize(report)

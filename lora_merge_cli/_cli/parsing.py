@@ -39,14 +39,22 @@ def parse_adapters(values: Sequence[str] | None) -> tuple[AdapterChoice, ...]:
     return tuple(map(_adapter, values or ()))
 
 
+def states_weight(text: str) -> bool:
+    """Whether a path is followed by a weight."""
+    return _weight(text) is not None
+
+
 def _adapter(text: str) -> AdapterChoice:
-    path, separator, number = text.rpartition("@")
-    if separator and path:
-        try:
-            return AdapterChoice(Path(path), float(number))
-        except ValueError:
-            pass
-    return AdapterChoice(Path(text))
+    weight = _weight(text)
+    return AdapterChoice(Path(text)) if weight is None else AdapterChoice(Path(text.rpartition("@")[0]), weight)
+
+
+def _weight(text: str) -> float | None:
+    path, _, number = text.rpartition("@")
+    try:
+        return float(number) if path else None
+    except ValueError:
+        return None
 
 
 def parse_size(text: str) -> int:

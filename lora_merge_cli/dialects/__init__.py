@@ -30,10 +30,11 @@ DIALECTS: tuple[Dialect, ...] = (OpenPI(), Nnx(), Plain())
 @functools.cache
 def adapter_dialects() -> tuple[AdapterDialect, ...]:
     """Whose adapters are beside it, in detection order; imported once a checkpoint's own dialect is none of the above."""
+    from lora_merge_cli.dialects.detached import Detached
     from lora_merge_cli.dialects.minimind import MiniMind
     from lora_merge_cli.dialects.peft import Peft
 
-    return (Peft(), MiniMind())
+    return (Peft(), MiniMind(), Detached())
 
 
 def detect_dialect(tree: Tree, name: str | None = None) -> Dialect:
@@ -69,7 +70,7 @@ def detect_adapter_dialect(tree: Tree, name: str | None = None) -> AdapterDialec
             found=first_names(map(display, tree.index.tensors), 3),
             hint="give the adapter after --adapter, and the model that it was trained on before it",
         )
-    return found
+    return found.of(tree)
 
 
 def _chosen(candidates: Sequence[_D], tree: Tree, name: str | None) -> _D | None:

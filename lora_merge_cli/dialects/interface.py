@@ -133,6 +133,10 @@ class Dialect(Protocol):
 class AdapterDialect(Dialect, Protocol):
     """A trainer whose adapters are files of their own, beside their base. Registered in `dialects.adapter_dialects`."""
 
+    def of(self, adapter: Tree) -> AdapterDialect:
+        """The dialect as it is for one adapter: some say in their own words what model they are of."""
+        ...
+
     def describe(self, adapter: Tree, options: ScaleOptions) -> AdapterSummary:
         """What an adapter is by itself, without its base."""
         ...

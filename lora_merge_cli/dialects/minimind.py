@@ -58,6 +58,10 @@ class MiniMind(TorchModel):
         """See `Dialect.matches`."""
         return any(_KEY.fullmatch(dotted(path)) for path in tree.index.tensors)
 
+    def of(self, adapter: Tree) -> MiniMind:  # noqa: ARG002  (others ask it)
+        """See `AdapterDialect.of`: one for all."""
+        return self
+
     def survey(self, subject: Subject, options: ScaleOptions) -> Survey:
         """See `Dialect.survey`."""
         if subject.adapter is None:

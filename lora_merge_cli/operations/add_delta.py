@@ -17,6 +17,10 @@ class AddDelta:
     name = "add_delta"
     needs_norms = False
 
+    def reduce(self, site: AdapterSite, factors: Mapping[str, Array]) -> Mapping[str, Array]:  # noqa: ARG002  (others need it)
+        """See `LowRankOperation.reduce`: the factors as they are."""
+        return factors
+
     def contribute(
         self,
         site: AdapterSite,
@@ -24,22 +28,27 @@ class AddDelta:
         weight: float,
         norms: Array | None,  # noqa: ARG002  (others need them)
     ) -> Contribution:
-        """See `Operation.contribute`."""
+        """See `LowRankOperation.contribute`."""
         a, b = scaled_factors(site, factors, weight)
         return Contribution(a.astype(FLOAT32), b.astype(FLOAT32))
 
 
 def scaled_factors(site: AdapterSite, factors: Mapping[str, Array], weight: float) -> tuple[Array, Array]:
     """lora_a, and lora_b times scale and weight, in the dims of `Contribution`; float64, to be rounded once."""
-    equation = site.parameters.equation
     scale = site.parameters.scale.value
     assert scale is not None, "a plan has no site without a scale"
+    a, b = arranged_factors(site, factors)
+    return a, b * (scale * weight)
+
+
+def arranged_factors(site: AdapterSite, factors: Mapping[str, Array]) -> tuple[Array, Array]:
+    """lora_a, and lora_b summed over the dims that the model sums by itself, in the dims of `Contribution`; float64."""
+    equation = site.parameters.equation
     a = _arranged(factors["lora_a"], equation.a, equation.batch + equation.inputs + equation.rank)
     summed = tuple(equation.b.index(dim) for dim in equation.summed)
     kept = "".join(dim for dim in equation.b if dim not in equation.summed)
     b = factors["lora_b"].astype(np.float64).sum(axis=summed)
-    b = _arranged(b, kept, equation.batch + equation.rank + equation.outputs)
-    return a.astype(np.float64), b * (scale * weight)
+    return a.astype(np.float64), _arranged(b, kept, equation.batch + equation.rank + equation.outputs)
 
 
 def _arranged(values: Array, dims: str, order: str) -> Array:

@@ -22,10 +22,14 @@ class Dora:
     name = "dora"
     needs_norms = True
 
+    def reduce(self, site: AdapterSite, factors: Mapping[str, Array]) -> Mapping[str, Array]:  # noqa: ARG002  (others need it)
+        """See `LowRankOperation.reduce`: the factors as they are."""
+        return factors
+
     def contribute(
         self, site: AdapterSite, factors: Mapping[str, Array], weight: float, norms: Array | None
     ) -> Contribution:
-        """See `Operation.contribute`: with ``g = m / norms``, ``weight * (g * (W + delta) - W)``."""
+        """See `LowRankOperation.contribute`: with ``g = m / norms``, ``weight * (g * (W + delta) - W)``."""
         assert norms is not None, "the executor gives norms to whom needs them"
         with np.errstate(divide="ignore", invalid="ignore"):
             gain = factors["magnitude"].astype(np.float64).reshape(norms.shape) / norms

@@ -33,7 +33,7 @@ class KernelUpdate:
         where: The kernel as errors name it.
         equation: Which of its dims are batch, inputs and outputs: any site's.
         shape: The kernel's shape.
-        contributions: What each site adds.
+        contribution: What its sites make of it, one after the other; see `sequence.in_sequence`.
         dtype: What the result is stored in.
         serving_dtype: What a server will cast it to.
         device: The JAX device to compute on.
@@ -44,7 +44,7 @@ class KernelUpdate:
         where: str,
         equation: Equation,
         shape: Sequence[int],
-        contributions: Sequence[Contribution],
+        contribution: Contribution,
         dtype: np.dtype[Any],
         serving_dtype: np.dtype[Any],
         device: Any,
@@ -53,10 +53,8 @@ class KernelUpdate:
         self._cut = cut(equation, shape)
         self._dtype, self._serving_dtype, self._device = dtype, serving_dtype, device
         batch = len(equation.batch)
-        a = np.concatenate([part.a for part in contributions], axis=-1)
-        b = np.concatenate([part.b for part in contributions], axis=batch)
-        gains = [part.gain for part in contributions if part.gain is not None]
-        gain = sum(gains[1:], gains[0]).astype(FLOAT32) if gains else None
+        a, b = contribution.a, contribution.b
+        gain = None if contribution.gain is None else contribution.gain.astype(FLOAT32)
         self._unit = _delta_unit(a, b, gain)
         self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain)
         self._moments = Moments()

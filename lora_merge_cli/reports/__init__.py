@@ -10,13 +10,17 @@ from types import TracebackType
 from typing import TypeAlias
 
 from lora_merge_cli.errors import UnsafeOutput, UsageError
+from lora_merge_cli.extract_report import ExtractReport
 from lora_merge_cli.report import DiffReport, InterpolateReport, MergeReport, SweepReport, VerifyReport
+from lora_merge_cli.resize_report import ResizeReport
 from lora_merge_cli.staging import anchored, filesystem
 
 AnyModelReport: TypeAlias = MergeReport | InterpolateReport | VerifyReport
 """Of one checkpoint, site by site."""
 AnyReport: TypeAlias = AnyModelReport | SweepReport | DiffReport
-"""Whatever can be rendered."""
+"""Whatever can be rendered in every way."""
+TextReport: TypeAlias = AnyReport | ExtractReport | ResizeReport
+"""Whatever can be rendered as JSON and as Markdown."""
 
 RENDERERS: Mapping[str, tuple[str, str]] = {
     ".html": ("html", "to_html"),
@@ -27,7 +31,7 @@ RENDERERS: Mapping[str, tuple[str, str]] = {
 """Module and function that make the text of a report file, by suffix; loaded when asked for, since some are slow to import."""
 
 
-def render(report: AnyReport, suffix: str) -> str:
+def render(report: TextReport, suffix: str) -> str:
     """The report as the text of a file with that suffix, one of `RENDERERS`."""
     module, function = RENDERERS[suffix]
     return str(getattr(importlib.import_module(f"{__name__}.{module}"), function)(report))
@@ -67,7 +71,7 @@ class ReportFiles:
         self._paths = list(dict.fromkeys(anchored(path) for path in paths))
         self._waiting: list[tuple[Path, Path]] = []
 
-    def write(self, report: AnyReport, stage: Path | None = None) -> None:
+    def write(self, report: TextReport, stage: Path | None = None) -> None:
         """Write every report, those outside the output beside their place.
 
         Raises:

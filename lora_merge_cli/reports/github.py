@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_merge_cli.errors import UsageError
-from lora_merge_cli.reports import AnyReport
+from lora_merge_cli.reports import TextReport
 from lora_merge_cli.reports.markdown import headline, to_markdown
 from lora_merge_cli.staging import filesystem
 
@@ -32,7 +32,7 @@ def check_step_summary() -> Path:
         return path
 
 
-def append_step_summary(report: AnyReport) -> Path:
+def append_step_summary(report: TextReport) -> Path:
     """Append the Markdown report, without its tables where they would not fit.
 
     Raises:
@@ -49,7 +49,7 @@ def append_step_summary(report: AnyReport) -> Path:
     return path
 
 
-def _from_long_to_short(report: AnyReport) -> Iterator[str]:
+def _from_long_to_short(report: TextReport) -> Iterator[str]:
     yield to_markdown(report)
     yield f"{to_markdown(report, tables=False)}\n{_LEFT_OUT.format('the tables')}"
     yield f"{headline(report)}\n\n{_LEFT_OUT.format('all else')}"

@@ -8,26 +8,34 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-from lora_merge_cli import report
-from lora_merge_cli.reports import AnyReport
+from lora_merge_cli import extract_report, report, resize_report
+from lora_merge_cli.reports import TextReport
+
+_MODULES = (report, extract_report, resize_report)
+"""Where the records are."""
 
 
 def report_schema() -> dict[str, Any]:
     """What every JSON report conforms to; draft 2020-12."""
     from pydantic import Field, TypeAdapter
 
-    union = Annotated[AnyReport, Field(discriminator="command")]
+    union = Annotated[TextReport, Field(discriminator="command")]
     schema = TypeAdapter[Any](union).json_schema(mode="serialization")
     docs = _field_docs()
     schema["$defs"] = {
-        name: _described_record(definition, getattr(report, name), docs) for name, definition in schema["$defs"].items()
+        name: _described_record(definition, _record_named(name), docs) for name, definition in schema["$defs"].items()
     }
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "lora-merge report",
-        "description": "What a merge, an interpolation, a sweep of several, a verification or a comparison found.",
+        "description": "What a merge, an interpolation, a sweep of several, a verification, a comparison or a resizing found.",
     }
     return head | schema
+
+
+def _record_named(name: str) -> type:
+    found: type = next(getattr(module, name) for module in _MODULES if hasattr(module, name))
+    return found
 
 
 def _described_record(definition: dict[str, Any], record: type, docs: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -44,10 +52,10 @@ def _described(schema: dict[str, Any], docstring: str) -> dict[str, Any]:
 
 def _field_docs() -> dict[str, dict[str, str]]:
     """The string below each field, by class and field."""
-    module = ast.parse(inspect.getsource(report))
     return {
         record.name: dict(_documented(itertools.pairwise(record.body)))
-        for record in module.body
+        for module in _MODULES
+        for record in ast.parse(inspect.getsource(module)).body
         if isinstance(record, ast.ClassDef)
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_merge_cli.report import (
+    CombiningRecord,
     InterpolateReport,
     LayerRecord,
     LeafRecord,
@@ -164,6 +165,18 @@ def mixing_of(report: ModelReport) -> MixingRecord | None:
 def mixing_in_words(mixing: MixingRecord) -> str:
     """Which alpha goes where: ``alpha 0.5; PaliGemma/img/**: 0; layers 0.2 to 0.9``."""
     return _mixing(f"alpha {mixing.alpha:g}", mixing)
+
+
+def combining_in_words(combining: CombiningRecord) -> str:
+    """How several adapters became one change: ``dare_ties_svd: density 0.5, seed 0, sign by total, rank 16``."""
+    said = {
+        "density": None if combining.density is None else f"{combining.density:g}",
+        "seed": combining.seed,
+        "sign by": combining.majority_sign,
+        "rank": combining.svd_rank,
+    }
+    details = ", ".join(f"{word} {value}" for word, value in said.items() if value is not None)
+    return f"{combining.method}: {details}" if details else combining.method
 
 
 def sweep_in_words(report: SweepReport) -> str:

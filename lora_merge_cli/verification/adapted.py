@@ -36,6 +36,11 @@ class Adapted:
         """The site's own."""
         return float(self.site.parameters.scale.value or 0.0)
 
+    @property
+    def rank(self) -> int:
+        """The extent that the factors share."""
+        return int(self.lora_a.shape[self.site.parameters.equation.a.index(self.site.parameters.equation.rank)])
+
     def alpha_of(self, layer: int) -> float:
         """The alpha of a stacked layer; of the kernel where none are stacked."""
         return self.alphas[layer if len(self.alphas) > 1 else 0]
@@ -71,9 +76,13 @@ class Adapted:
         return np.asarray(b * np.expand_dims(gain, len(equation.batch)))
 
     @property
-    def extra_gain(self) -> Array | None:
-        """What W itself is multiplied by besides 1, dims batch, outputs."""
-        return None if self.gain is None else self._weights(1.0, self.gain.ndim) * (self.gain - 1.0)
+    def rescaling(self) -> Array | None:
+        """What the kernel so far is multiplied by besides 1, at alpha 1; dims batch, outputs. None for what has no magnitude."""
+        return None if self.gain is None else self.weight * (self.gain - 1.0)
+
+    def at_alphas(self, values: Array) -> Array:
+        """`values`, which have the layers first where some are stacked, times `alphas`."""
+        return np.asarray(values * np.reshape(self.alphas, (-1, *[1] * (values.ndim - 1))))
 
     def _weights(self, scale: float, axes: int) -> Array:
         """`weight` and `alphas` times a scale, for an array of so many axes: the layers come first."""
@@ -84,7 +93,7 @@ class Adapted:
         """How many roundings a float32 sum of its products may have, a few more than its terms."""
         equation = self.site.parameters.equation
         heads = math.prod(int(self.lora_b.shape[equation.b.index(dim)]) for dim in equation.summed)
-        return self.site.parameters.rank + heads
+        return self.rank + heads
 
     @property
     def gain_error(self) -> float:

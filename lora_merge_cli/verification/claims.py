@@ -35,7 +35,9 @@ class Claims:
     base: str | None = None
     """The path of the base that it was made with."""
     fingerprint: str | None = None
-    """That of the checkpoint that was merged."""
+    """That of the checkpoint that was merged; None where several were joined."""
+    tuned: tuple[tuple[str, float], ...] = ()
+    """Fingerprint and weight of each fine-tune that was joined."""
     adapters: tuple[tuple[str, float], ...] = ()
     """Fingerprint and weight of each adapter beside that checkpoint."""
     mixing: MixingRecord | None = None
@@ -65,17 +67,19 @@ def read_claims(merged: Checkpoint) -> Claims | None:
         return Claims(
             multiplier=float(document["multiplier"]),
             base=sources["base"]["path"] if "base" in sources else None,
-            fingerprint=sources["checkpoint"]["fingerprint"],
-            adapters=tuple(
-                (source["fingerprint"], _number(source["weight"]))
-                for source in document["sources"]
-                if source["role"] == "adapter"
-            ),
+            fingerprint=None if "tuned" in sources else sources["checkpoint"]["fingerprint"],
+            tuned=_weighted(document["sources"], "tuned"),
+            adapters=_weighted(document["sources"], "adapter"),
             mixing=_mixing(document["mixing"]) if document.get("command") == "interpolate" else None,
             sites={(site["target"], site.get("adapter")): dict(site) for site in document["sites"]},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         return Claims(problem=f"{type(error).__name__}: {error}")
+
+
+def _weighted(sources: Sequence[Mapping[str, Any]], role: str) -> tuple[tuple[str, float], ...]:
+    """Fingerprint and weight of each source of a role."""
+    return tuple((source["fingerprint"], _number(source["weight"])) for source in sources if source["role"] == role)
 
 
 def _mixing(document: Mapping[str, Any]) -> MixingRecord:
@@ -116,7 +120,11 @@ def check_provenance(
             f"the scale of {len(expectation.claimed)} sites is taken from lora_merge.json, and nobody else states it: "
             "pass --lora-alpha to check it"
         )
-    if claims.fingerprint != inputs.checkpoint.source.fingerprint():
+    tuned = [part.checkpoint.source.fingerprint() for part in inputs.joined]
+    if claims.tuned or tuned:
+        if [fingerprint for fingerprint, _ in claims.tuned] != tuned:
+            doubts.append("lora_merge.json was written for fine-tunes with other files than those given")
+    elif claims.fingerprint != inputs.checkpoint.source.fingerprint():
         doubts.append("lora_merge.json was written for a checkpoint with other files than the one given")
     given = [adapter.checkpoint.source.fingerprint() for adapter in inputs.adapters]
     if [fingerprint for fingerprint, _ in claims.adapters] != given:
@@ -139,9 +147,10 @@ def _disagreements(
         yield f"says that it was made with --base {claims.base}: pass it here too"
     if claims.base is None and has_base:
         yield "says that it was made without a base, and --base is given"
-    weights = [adapter.weight for adapter in inputs.adapters]
-    if len(claims.adapters) == len(weights) and [weight for _, weight in claims.adapters] != weights:
-        yield f"says other weights: {', '.join(f'{weight:g}' for _, weight in claims.adapters)}"
+    for claimed, given in ((claims.tuned, inputs.joined), (claims.adapters, inputs.adapters)):
+        weights = [weight for _, weight in claimed]
+        if len(weights) == len(given) and weights != [part.weight for part in given]:
+            yield f"says other weights: {', '.join(f'{weight:g}' for weight in weights)}"
     expected = {(site.name, site.adapter) for site in expectation.sites}
     for words, keys in (
         ("says that these were merged, and they should not be", claims.sites.keys() - expected),

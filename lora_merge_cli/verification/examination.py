@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from ast import literal_eval
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,37 +14,29 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from lora_merge_cli.ahead import Ahead
 from lora_merge_cli.changes import LeafChange
 from lora_merge_cli.compare import Comparison, compare_blocks, count_non_finite, equals_rounded, same_bytes
 from lora_merge_cli.dialects import looks_like_adapter
 from lora_merge_cli.dtypes import dtype_named, holds_all_values_of, is_float, ulp
 from lora_merge_cli.equation import Equation
-from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
-from lora_merge_cli.lowrank import LeafDigest, adapter_digest, with_ones
-from lora_merge_cli.records import (
-    AdapterSite,
-    Array,
-    Factor,
-    Index,
-    KeyPath,
-    Region,
-    TensorSpec,
-    display,
-    full_region,
-    grid,
-    region_shape,
-    relative,
-)
+from lora_merge_cli.records import AdapterSite, Array, Index, KeyPath, TensorSpec, display, full_region
 from lora_merge_cli.side_by_side import Leaf, flat_pieces, side_by_side
 from lora_merge_cli.survival import Moments
-from lora_merge_cli.verification.adapted import Adapted, Norms
+from lora_merge_cli.verification.adapted import Adapted
+from lora_merge_cli.verification.combined_adapters import as_one
+from lora_merge_cli.verification.doubts import Doubts
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
+from lora_merge_cli.verification.joint import JointSource
 from lora_merge_cli.verification.judged_source import JudgedSource, Unreadable
+from lora_merge_cli.verification.methods import is_by_row
 from lora_merge_cli.verification.mixture import MixtureFinding, MixtureJudge, mixed, summands
+from lora_merge_cli.verification.row_judge import ByRow, RowJudge
+from lora_merge_cli.verification.site_factors import SiteFactors, adapted_site
 from lora_merge_cli.verification.site_judge import LayerVerdict, SiteJudge, Terms
 from lora_merge_cli.verification.start import StartSource
 
@@ -152,8 +145,7 @@ class Examination:
         self._terms, self._sample, self._jobs = terms, sample, jobs_or_default(jobs)
         self._judged = JudgedSource(merged.source)
         self._listener = listener or Silent()
-        # Experts share their leaves, each taking a part.
-        self._leaf = functools.lru_cache(4)(self._read_leaf)
+        self._factors = SiteFactors(inputs)
         self.findings = Findings()
 
     def run(self, expectation: Expectation) -> Findings:
@@ -319,20 +311,34 @@ class Examination:
         judge = MixtureJudge(
             change.alphas, spec.dtype, self._terms.ulps, _weight(change), one_sided=change.before is None
         )
-        leaves: list[Leaf] = [(self._inputs.anchor, anchor), (self._judged, spec)]
-        if change.before is not None:
-            start = StartSource(self._inputs, change)
-            leaves.append((start, start.spec))
         by_layer = len(change.alphas) > 1
-        for region, (before, merged, *tuned) in side_by_side(leaves, range(spec.shape[0]) if by_layer else None, pool):
-            layer = region[0].start if by_layer else 0
-            judge.take(layer, tuned[0] if tuned else before, before, merged, pool)
-            self._listener.advance(spec.name, merged.nbytes)
+        rows = range(spec.shape[0]) if by_layer else None
+        leaves: list[Leaf] = [(self._inputs.anchor, anchor), (self._judged, spec)]
+        with contextlib.closing(self._tuned(change, rows, pool)) as tuned:
+            for region, (before, merged) in side_by_side(leaves, rows, pool):
+                values, doubts = next(tuned, (before, None))
+                judge.take(region[0].start if by_layer else 0, values, before, merged, pool, doubts)
+                self._listener.advance(spec.name, merged.nbytes)
         self.findings.mixed[spec.name] = judge.finish()
         if judge.not_finite:
             self.findings.not_finite[spec.name] = judge.not_finite
         elif judge.not_finite_before:
             self.findings.not_finite_before[spec.name] = judge.not_finite_before
+
+    def _tuned(
+        self, change: LeafChange, rows: Sequence[int] | None, pool: ThreadPoolExecutor
+    ) -> Generator[tuple[Array, Doubts | None]]:
+        """The blocks of the fine-tune's side of a leaf, as `side_by_side` cuts them; none of one that only the base has."""
+        if change.before is None:
+            return
+        source = self._checkpoint.source
+        if isinstance(source, JointSource):
+            with Ahead(source.possible(change.before.path, rows, pool)) as blocks:
+                yield from blocks
+            return
+        start = StartSource(self._inputs, change)
+        for _, (values,) in side_by_side([(start, start.spec)], rows, pool):
+            yield values, None
 
     def _stored_alike(self, before: StartSource, after: TensorSpec) -> bool:
         """Whether both leaves are kept as the same bytes."""
@@ -345,8 +351,41 @@ class Examination:
             for (name_a, a), (name_b, b) in itertools.zip_longest(one.values, other.values, fillvalue=end)
         )
 
+    def _judge_whole(self, leaf: ExpectedLeaf, spec: TensorSpec) -> None:
+        """A kernel that some adapter changes otherwise than by a low-rank product."""
+        start = StartSource(self._inputs, leaf.change)
+        parts: list[ByRow | Adapted] = []
+        digests: list[str] = []
+        spectra: list[tuple[float, ...]] = []
+        for site in leaf.sites:
+            factors, digest = self._factors.of(site)
+            digests.append(digest)
+            if is_by_row(site.operation):
+                parts.append(ByRow(site, factors, site.weight * self._terms.multiplier))
+                spectra.append(())
+            else:
+                part = adapted_site(site, factors, (start, start.spec), self._terms.multiplier)
+                parts.append(part)
+                spectra.append(part.spectrum)
+        where = f"{self._checkpoint.source.path} :: {leaf.source.name}"
+        judge = RowJudge(where, parts, spec.dtype, self._terms, leaf.alpha_of(0))
+        region = full_region(spec.shape)
+        kernel = start.read(start.spec.path, region)
+        anchor = leaf.change.anchor
+        beside = None if anchor is None else self._inputs.anchor.read(anchor.path, region)
+        verdict = judge.judge(kernel, self._judged.read(spec.path, region), beside)
+        self._listener.advance(spec.name, spec.nbytes)
+        if verdict.non_finite:
+            self.findings.not_finite[spec.name] = verdict.non_finite
+        self.findings.sites[leaf.source.name] = SiteFinding(
+            leaf, False, spec.dtype, {0: verdict}, tuple(spectra), tuple(digests)
+        )
+
     def _judge(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
         """A kernel that adapters were added to."""
+        if any(is_by_row(site.operation) for site in leaf.sites):
+            self._judge_whole(leaf, spec)
+            return
         equation = leaf.sites[0].parameters.equation
         start = StartSource(self._inputs, leaf.change)
         layers = self._layers(equation, spec)
@@ -354,7 +393,9 @@ class Examination:
         added_to = beside if leaf.mixed and leaf.base is not None and beside is not None else (start, start.spec)
         adapted, digests = self._adapted(leaf, added_to)
         where = f"{added_to[0].path} :: {added_to[1].name if leaf.mixed else spec.name}"
-        judge = SiteJudge(where, adapted, spec.shape, spec.dtype, self._terms, layers)
+        combining = self._terms.combining
+        joint = adapted if combining.is_sum else [as_one(adapted, combining, display(leaf.change.path))]
+        judge = SiteJudge(where, joint, spec.shape, spec.dtype, self._terms, layers)
         leaves: list[Leaf] = [(start, start.spec), (self._judged, spec), *([] if beside is None else [beside])]
         by_layer = self._sample is not None or (leaf.change.anchor is not None and len(leaf.change.alphas) > 1)
         frozen = True
@@ -395,20 +436,9 @@ class Examination:
         """The adapters on a kernel, DoRA's norms from a first pass over it, and the digest of each."""
         found, digests = [], []
         for site in leaf.sites:
-            leaves = {role: self._factor(site, factor) for role, factor in site.factors.items()}
-            digests.append(adapter_digest({role: digest for role, (_, digest) in leaves.items()}))
-            factors = with_ones({role: values.astype(np.float64) for role, (values, _) in leaves.items()})
-            gain = None
-            if "magnitude" in factors:
-                norms = Norms(site, added_to[1].shape, factors)
-                equation = site.parameters.equation
-                for region, (kernel,) in side_by_side([added_to]):
-                    for piece in _batch_pieces(equation, region):
-                        norms.add(piece, kernel[relative(piece, region)])
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    gain = factors["magnitude"].reshape(norms.finish().shape) / norms.finish()
-            weight = site.weight * self._terms.multiplier
-            found.append(Adapted(site, factors["lora_a"], factors["lora_b"], weight, gain, leaf.change.alphas))
+            factors, digest = self._factors.of(site)
+            digests.append(digest)
+            found.append(adapted_site(site, factors, added_to, self._terms.multiplier, leaf.change.alphas))
         return found, digests
 
     def _layers(self, equation: Equation, spec: TensorSpec) -> Sequence[int]:
@@ -419,27 +449,6 @@ class Examination:
         if self._sample is None or self._sample >= count:
             return range(count)
         return sorted({round(at) for at in np.linspace(0, count - 1, self._sample)})
-
-    def _factor(self, site: AdapterSite, factor: Factor) -> tuple[Array, str]:
-        """What a site takes of an adapter's leaf, and the digest of the leaf."""
-        values, digest = self._leaf(site.adapter, factor.path)
-        return factor.of(values), digest
-
-    def _read_leaf(self, adapter: int | None, path: KeyPath) -> tuple[Array, str]:
-        source = self._inputs.source(adapter)
-        spec = source.index().tensors[path]
-        values = source.read(path, full_region(spec.shape))
-        bad = int(np.count_nonzero(~np.isfinite(values.astype(np.float64))))
-        if bad:
-            raise NonFiniteInput(
-                "a factor is not finite",
-                where=f"{source.path} :: {spec.name}",
-                expected="finite values",
-                found=f"{bad} of {spec.size} entries NaN or Inf",
-            )
-        digest = LeafDigest(spec)
-        digest.add(values)
-        return values, digest.text
 
     def _note_frozen(self, leaf: ExpectedLeaf, frozen: bool) -> None:
         if leaf.base is not None:
@@ -477,14 +486,6 @@ def _added_to(
         exact = alpha in (0, 1) and not weight
         sides = kernel.astype(np.float64), beside.astype(np.float64)
         return mixed(kernel, beside, alpha), None, None if exact else summands(*sides, alpha, weight)
-
-
-def _batch_pieces(equation: Equation, region: Region) -> Iterator[Region]:
-    """Pieces of one index of every batch dim."""
-    extents = region_shape(region)
-    yield from grid(
-        region, [1 if dim in equation.batch else n for dim, n in zip(equation.target, extents, strict=True)]
-    )
 
 
 def _count_not_rounded(found: Array, wanted: Array) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
+from lora_merge_cli.combining import refuse_uncombinable
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from lora_merge_cli.inputs import Inputs, survey_inputs
@@ -101,6 +102,7 @@ def expect(
     )
     selection = dataclasses.replace(selection, sites=sites)
     refuse_unscaled(inputs, sites)
+    refuse_uncombinable(options.combining, [part.checkpoint.source.path for part in inputs.adapters], sites)
     found = outline(inputs, survey, selection, options)
     selection = found.selection
     leaves: dict[KeyPath, ExpectedLeaf] = {}

@@ -12,9 +12,10 @@ from typing import TypeAlias
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
+from lora_merge_cli.fine_tunes import Declared, JoinRequest, joint_inputs, open_fine_tunes
 from lora_merge_cli.formats import open_checkpoint
-from lora_merge_cli.formats.interface import Checkpoint
-from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
+from lora_merge_cli.formats.interface import Checkpoint, Source
+from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, survey_inputs, tree_of
 from lora_merge_cli.listening import Listener
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import (
@@ -36,6 +37,8 @@ from lora_merge_cli.verification.checks import CHECK_IDS, Judging
 from lora_merge_cli.verification.claims import check_provenance, read_claims
 from lora_merge_cli.verification.examination import Examination, Findings, SiteFinding
 from lora_merge_cli.verification.expectation import ANY_DTYPE, Expectation, expect
+from lora_merge_cli.verification.joint import JointSource
+from lora_merge_cli.verification.judged_fused import JudgedFused
 from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
 
 Damage: TypeAlias = InputError | UsageError | Refused
@@ -50,8 +53,8 @@ class VerifyRequest:
 
     merged: Path
     """The result: a run, step or item directory, a directory of shards or a file, of any tool's making."""
-    against: Path
-    """The checkpoint with the adapters that were merged, or the base of the adapters beside it."""
+    against: Path | None = None
+    """The checkpoint with the adapters that were merged, or the base of the adapters beside it. None with `several`."""
     adapters: tuple[AdapterChoice, ...] = ()
     """The adapters beside it."""
     base: Path | None = None
@@ -64,6 +67,8 @@ class VerifyRequest:
     """What the merge was asked for; the dtype ``any`` takes the kernels as they are stored."""
     judging: Judging = field(default_factory=Judging)
     """How strictly to judge."""
+    several: JoinRequest | None = None
+    """Instead of `against`: the fine-tunes of `base` that were joined, and how."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,47 @@ def open_request(request: VerifyRequest) -> Opened:
     Raises:
         InputError: A path leads nowhere, or to no checkpoint; an input of the merge is damaged.
     """
-    inputs = open_inputs(
-        request.against, request.adapters, base=request.base, step=request.step, dialect=request.dialect
-    )
+    inputs = _open(request)
     for _, opened in inputs.opened:
         opened.source.index()
     return Opened(request, open_result(request.merged, request.step), inputs)
+
+
+def _open(request: VerifyRequest) -> Inputs:
+    if request.several is not None:
+        if request.against is not None or request.adapters:
+            raise UsageError("one fine-tune, and several", hint="give one of the two")
+        if request.base is None:
+            raise UsageError("fine-tunes are joined around their base", hint="pass --base")
+        joined = open_fine_tunes(request.base, request.several, request.step, request.dialect)
+        return judged_inputs(joined, request.options)
+    if request.against is None:
+        raise UsageError("nothing to judge against", hint="pass --against")
+    return open_inputs(request.against, request.adapters, base=request.base, step=request.step, dialect=request.dialect)
+
+
+def judged_inputs(inputs: Inputs, options: MergeOptions) -> Inputs:
+    """The inputs as a judge reads them: of several fine-tunes, what they are joined into is computed by formulas of its own.
+
+    Args:
+        inputs: What is merged, or interpolated between.
+        options: The scales of adapters, if fine-tunes have any.
+
+    Raises:
+        Refused: A fine-tune cannot be merged, or they do not fit one another.
+    """
+    joining = inputs.joining
+    if joining is None or isinstance(inputs.checkpoint.source, JointSource):
+        return inputs
+
+    def fused(part: FineTune) -> tuple[Source, Declared]:
+        source = JudgedFused(part.inputs, options)
+        return source, source.declared
+
+    def joined(inputs: Inputs, sources: Sequence[Source]) -> Source:
+        return JointSource(inputs.anchor, sources, joining, inputs.dialect.canonical)
+
+    return joint_inputs(inputs, fused, joined)
 
 
 def open_result(path: Path, step: int | None = None) -> Checkpoint | Damage:
@@ -190,12 +230,14 @@ def judge(
     Raises:
         LoraMergeError: The other inputs or the options are at fault.
     """
+    inputs = judged_inputs(inputs, options)
     dialect, has_base = inputs.dialect, inputs.base is not None
     claims = read_claims(merged) if isinstance(merged, Checkpoint) else None
     expectation = expect(inputs, options, {} if claims is None else claims.scales)
     if not isinstance(merged, Checkpoint):
         return Verdict(_unopened(merged), _site_records(expectation, Findings(), dialect), expectation.notes)
-    terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier)
+    combining = options.combining.of(len(inputs.adapters), expectation.sites)
+    terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier, combining)
     findings = Examination(merged, inputs, terms, judging.sample, judging.jobs, listener).run(expectation)
     serving = dialect.serving_dtype.name
     summary = dialect.summary(tree_of(inputs.checkpoint))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float, ulp
 from lora_merge_cli.records import Array
 from lora_merge_cli.side_by_side import flat_pieces
+from lora_merge_cli.verification.doubts import Doubts
 
 _EPSILON = 2.0**-24
 _TINY = 2.0**-126
@@ -170,6 +171,9 @@ class MixtureJudge:
     another dtype, A, cast, is right at alpha 0 too. An entry of which one side alone is NaN or Inf is wrong at any other alpha.
     Integers cannot be mixed: both sides must agree.
 
+    Where T is itself computed, and an entry of it may be off by e, its bound is ``|alpha| * e`` more, at alpha 1 that and the last
+    rounding alone; where e is 0 the entry is exact. Of an entry that has several right values the nearest one counts; see `Doubts`.
+
     Args:
         alphas: One for the whole leaf, or one per index of the first axis.
         dtype: The result's dtype.
@@ -196,7 +200,15 @@ class MixtureJudge:
         self.not_finite_before = 0
         """Entries that are NaN or Inf, and so on the side that they come from."""
 
-    def take(self, layer: int, tuned: Array, anchor: Array, merged: Array, pool: ThreadPoolExecutor) -> None:
+    def take(
+        self,
+        layer: int,
+        tuned: Array,
+        anchor: Array,
+        merged: Array,
+        pool: ThreadPoolExecutor,
+        doubts: Doubts | None = None,
+    ) -> None:
         """Judge one block.
 
         Args:
@@ -205,10 +217,15 @@ class MixtureJudge:
             anchor: A there.
             merged: The result there.
             pool: Where to compute.
+            doubts: How far the entries of T, row-major, may be off; None where they are as they are stored.
         """
         alpha = self._layers[layer].alpha
-        pieces = flat_pieces(tuned, anchor, merged)
-        for found in pool.map(lambda piece: self._judge(*piece, alpha=alpha), pieces):
+
+        def judge(piece: tuple[tuple[Array, ...], Doubts | None]) -> _Piece:
+            values, part = piece
+            return self._judge(*values, doubts=part, alpha=alpha)
+
+        for found in pool.map(judge, _with_parts(flat_pieces(tuned, anchor, merged), doubts)):
             self._layers[layer].add(found.mixture)
             self._moved = self._moved or found.moved
             self.not_finite += found.not_finite
@@ -218,7 +235,7 @@ class MixtureJudge:
         """What was found."""
         return MixtureFinding(self._layers, self._by_layer, self._moved, self._one_sided)
 
-    def _judge(self, tuned: Array, anchor: Array, merged: Array, *, alpha: float) -> _Piece:
+    def _judge(self, tuned: Array, anchor: Array, merged: Array, *, doubts: Doubts | None, alpha: float) -> _Piece:
         # Values beyond any range are found, and judged, by what they are not.
         with np.errstate(all="ignore"):
             as_tuned, as_anchor = tuned.astype(self._dtype, copy=False), anchor.astype(self._dtype, copy=False)
@@ -229,17 +246,17 @@ class MixtureJudge:
                 found.not_kept = count_other_bits(merged, as_tuned) if found.wrong else 0
             else:
                 found.not_kept = count_other_bits(merged, as_tuned)
-                if alpha == 1 and not self._weight:
+                if alpha == 1 and not self._weight and doubts is None:
                     found.wrong = found.not_kept
                 elif is_float(self._dtype):
-                    found.wrong, found.worst_share = self._compared(tuned, anchor, merged, as_tuned, alpha)
+                    found.wrong, found.worst_share = self._compared(tuned, anchor, merged, as_tuned, doubts, alpha)
                 else:
                     found.wrong = int(np.count_nonzero((merged != as_tuned) | (tuned != anchor)))
-            if alpha in (0, 1) and found.wrong:
+            if found.wrong and (alpha == 0 or (alpha == 1 and doubts is None)):
                 found.worst_share = math.inf
             if found.wrong:
                 _fit(found, tuned, anchor, merged)
-            piece = _Piece(found, moved=not equals_rounded(tuned, anchor))
+            piece = _Piece(found, moved=doubts is not None or not equals_rounded(tuned, anchor))
             if is_float(self._dtype):
                 bad = ~np.isfinite(merged)
                 if bad.any():
@@ -248,32 +265,48 @@ class MixtureJudge:
                     piece.not_finite_before = int(np.count_nonzero(bad & before))
         return piece
 
-    def _compared(self, tuned: Array, anchor: Array, merged: Array, as_tuned: Array, alpha: float) -> tuple[int, float]:
+    def _compared(
+        self, tuned: Array, anchor: Array, merged: Array, as_tuned: Array, doubts: Doubts | None, alpha: float
+    ) -> tuple[int, float]:
         """How many entries are wrong, and the largest error as a share of its bound."""
         t, a, m = (values.astype(np.float64) for values in (tuned, anchor, merged))
-        ideal = mixed(t, a, alpha)
-        limit = summands(t, a, alpha, self._weight)
-        limit *= _ROUNDINGS * _EPSILON
-        limit += _ROUNDINGS * _TINY * (1 + abs(alpha))
-        step = ulp(ideal, self._dtype)
-        step *= self._ulps
-        limit += step
-        share = np.subtract(m, ideal, out=m)
-        np.abs(share, out=share)
-        share /= limit
-        same = t == a
+        share = self._shares(t, a, m, None if doubts is None else doubts.error, alpha)
+        # What both sides have is kept, and so is all of T at alpha 1, where it is exact.
+        same = t == a if doubts is None else ((t == a) | (alpha == 1)) & (doubts.error == 0)
         worst = share.max(initial=0.0)
-        if worst <= 1 and math.isfinite(limit.max(initial=0.0)) and not same.any():
+        if worst <= 1 and not same.any():
             return 0, float(worst)
-        # NaN is no number: whatever is not below a finite bound is beyond it.
-        share[np.isnan(share) | ~np.isfinite(limit)] = np.inf
         both_nan = np.isnan(t) & np.isnan(a)
         kept = ~_other_bits(merged, as_tuned) | (both_nan & np.isnan(merged))
         same |= both_nan
         share[same & kept] = 0.0
         if not self._weight:
             share[same & ~kept] = np.inf
+        if doubts is not None and doubts.places.size:
+            at = doubts.places
+            np.minimum.at(share, at, self._shares(doubts.values, a[at], m[at], doubts.errors, alpha))
         return int(np.count_nonzero(share > 1)), float(share.max(initial=0.0))
+
+    def _shares(self, t: Array, a: Array, m: Array, error: Array | None, alpha: float) -> Array:
+        """The errors of some entries as shares of their bounds, all float64; Inf where either is not finite."""
+        ideal = mixed(t, a, alpha)
+        if error is not None and alpha == 1:
+            limit: Array = error + _TINY
+        else:
+            limit = summands(t, a, alpha, self._weight)
+            limit *= _ROUNDINGS * _EPSILON
+            limit += _ROUNDINGS * _TINY * (1 + abs(alpha))
+            if error is not None:
+                limit += abs(alpha) * error
+        step = ulp(ideal, self._dtype)
+        step *= self._ulps
+        limit += step
+        share = np.subtract(m, ideal)
+        np.abs(share, out=share)
+        share /= limit
+        # NaN is no number: whatever is not below a finite bound is beyond it.
+        share[np.isnan(share) | ~np.isfinite(limit)] = np.inf
+        return np.asarray(share)
 
 
 @dataclass
@@ -284,6 +317,17 @@ class _Piece:
     moved: bool
     not_finite: int = field(default=0)
     not_finite_before: int = field(default=0)
+
+
+def _with_parts(
+    pieces: Iterable[tuple[Array, ...]], doubts: Doubts | None
+) -> Iterator[tuple[tuple[Array, ...], Doubts | None]]:
+    """Each piece of a block with its part of the doubts."""
+    start = 0
+    for piece in pieces:
+        stop = start + piece[0].size
+        yield piece, None if doubts is None else doubts.part(start, stop)
+        start = stop
 
 
 def _fit(found: LayerMixture, tuned: Array, anchor: Array, merged: Array) -> None:

@@ -33,7 +33,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """One adapter in one layer, as the trainer runs it: ``weight * (gain * (base(x) + scale * up(down(x))) - base(x))``."""
+    """One adapter in one layer, as the trainer runs it: of the output y so far ``gain * (y + scale * up(down(x)))``."""
 
     forward: Forward
     """What the model computes."""
@@ -44,7 +44,7 @@ class LayerAdapter:
     scale: float
     """What the adapter's output is multiplied by."""
     weight: float
-    """What the adapter's whole change is multiplied by, alpha included."""
+    """What the adapter's whole change is multiplied by."""
     gain: Array | None = None
     """DoRA's magnitude over norm, per output; None for what has none."""
     outputs: str = ""
@@ -59,7 +59,7 @@ class LayerAdapter:
             a if layer is None else a[layer],
             b if layer is None else b[layer],
             adapted.scale,
-            adapted.weight * adapted.alpha_of(layer or 0),
+            adapted.weight,
             adapted.gain if layer is None or adapted.gain is None else adapted.gain[layer],
             adapted.site.parameters.equation.outputs,
         )
@@ -69,11 +69,11 @@ class LayerAdapter:
         down = np.einsum(self.forward.down, inputs, self.lora_a, optimize=True)
         return np.asarray(self._gained(self.scale * np.einsum(self.forward.up, down, self.lora_b, optimize=True)))
 
-    def change(self, base: Array, low_rank: Array) -> Array:
-        """What the adapter changes of the layer's output."""
+    def after(self, output: Array, low_rank: Array) -> Array:
+        """What the adapter makes of the layer's output so far."""
         if self.gain is None:
-            return np.asarray(self.weight * low_rank)
-        return np.asarray(self.weight * (self._gained(base) + low_rank - base))
+            return np.asarray(output + self.weight * low_rank)
+        return np.asarray(output + self.weight * (self._gained(output) + low_rank - output))
 
     def _gained(self, values: Array) -> Array:
         if self.gain is None:
@@ -86,13 +86,16 @@ class ModelLayer:
     """One layer with its inputs; takes the kernel piece by piece, since it is linear in it.
 
     Args:
-        adapters: The adapters in it.
+        adapters: The adapters in it, in their order.
         shape: The kernel's extents in one layer.
         rng: Where the inputs come from.
+        alpha: How much of what they change is taken.
     """
 
-    def __init__(self, adapters: Sequence[LayerAdapter], shape: tuple[int, ...], rng: np.random.Generator) -> None:
-        self._adapters = adapters
+    def __init__(
+        self, adapters: Sequence[LayerAdapter], shape: tuple[int, ...], rng: np.random.Generator, alpha: float = 1.0
+    ) -> None:
+        self._adapters, self._alpha = adapters, alpha
         forward = adapters[0].forward
         operands, self._output = forward.base.split("->")
         self._input, self._kernel = operands.split(",")
@@ -169,9 +172,10 @@ class ModelLayer:
             return self._errors()
 
     def _errors(self) -> LayerError:
-        self._change = np.zeros(self._base.shape)
+        output = self._base
         for adapter, low_rank in zip(self._adapters, self._low_rank, strict=True):
-            self._change += adapter.change(self._base, low_rank)
+            output = adapter.after(output, low_rank)
+        self._change = self._alpha * (output - self._base)
         error = self._merged - (self._base + self._change)
         share = np.where(error == 0, 0.0, np.abs(error) / self._limit)
         return LayerError(

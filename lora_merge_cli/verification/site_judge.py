@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_merge_cli.combining import Combining
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.errors import NonFiniteInput
@@ -23,6 +24,7 @@ from lora_merge_cli.verification.adapted import Adapted
 from lora_merge_cli.verification.mixture import count_other_bits
 from lora_merge_cli.verification.model_layer import LayerAdapter, LayerError, LayerPart, ModelLayer
 from lora_merge_cli.verification.projection import ProjectedPart, Projection
+from lora_merge_cli.verification.series import Series
 
 _EPSILON = 2.0**-24
 _TINY = 2.0**-126
@@ -62,12 +64,14 @@ class Terms:
     """The rounding to the stored dtype: 0.5 to nearest, 1 otherwise."""
     multiplier: float
     """What the delta is multiplied by besides the site's scale."""
+    combining: Combining = field(default_factory=Combining)
+    """How several adapters on one kernel become one change."""
 
 
 class SiteJudge:
     """Judges one site, block by block in any order.
 
-    The ideal is ``ref = w + s * a @ b`` in float64, summed over all adapters, and an entry may be off by
+    The ideal is ``ref = w + s * a @ b`` in float64, over all adapters (see `series.Series`), and an entry may be off by
 
         ulps * ulp(ref) + c * (2^-24 * (|w| + |s| * |a_i| * |b_j|) + 2^-126),   c = rank + heads + 4
 
@@ -100,16 +104,12 @@ class SiteJudge:
         self._equation = equation = adapted[0].site.parameters.equation
         self._where, self._dtype, self._terms = where, dtype, terms
         batch = equation.batch
-        self._allowed_steps = sum(part.steps for part in adapted) + 4
-        self._a = np.concatenate([part.left() for part in adapted], axis=-1)
-        self._b = np.concatenate([part.right() for part in adapted], axis=len(batch))
-        b_size = np.concatenate([part.right(magnitudes=True) for part in adapted], axis=len(batch))
-        self._a_norm = _norms(self._a, -1)
-        self._b_norm = _norms(b_size, len(batch))
-        gains = [gain for part in adapted if (gain := part.extra_gain) is not None]
-        self._gain = sum(gains[1:], gains[0]) if gains else None
-        self._gain_size = None if not gains else 1.0 + np.sum(np.abs(gains), axis=0)
-        self._gain_error = max(part.gain_error for part in adapted)
+        series = Series.of(adapted)
+        self._allowed_steps = series.steps + 4
+        self._a, self._b = series.a, series.b
+        self._a_norm = _norms(series.a, -1)
+        self._b_norm = _norms(series.b_size, len(batch))
+        self._gain, self._gain_size, self._gain_error = series.gain, series.gain_size, series.gain_error
         self._basis = input_basis(self._a, len(batch)).astype(np.float64)
         self._first = 1 if equation.stacked else 0
         self.layers = {layer: LayerVerdict() for layer in layers}
@@ -120,6 +120,7 @@ class SiteJudge:
                 [LayerAdapter.of(part, layer if equation.stacked else None) for part in adapted],
                 shape[self._first :],
                 rng,
+                adapted[0].alpha_of(layer),
             )
             for layer in layers
             if layer in self._acting

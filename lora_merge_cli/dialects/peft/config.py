@@ -1,5 +1,7 @@
 """``adapter_config.json``: what it says about a LoRA adapter, and what in it makes a merge impossible.
 
+Other methods read theirs with the same `Fields`; see `methods`.
+
 Source: huggingface/peft 0.21, ``peft/config.py`` and ``peft/tuners/lora/config.py``.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +18,19 @@ from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint, Usag
 
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
 
+_PROMPTS = "learns prompts and changes no weight"
+_RANDOM = "rests on random numbers of torch's that its file does not hold"
+_REASONS: Mapping[str, str] = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"), _PROMPTS),
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE"), _PROMPTS),
+    **dict.fromkeys(("XLORA", "POLY", "LILY"), "mixes adapters while it runs"),
+    **dict.fromkeys(("FOURIERFT", "WAVEFT"), _RANDOM),
+}
+"""Why methods are refused that could not be supported."""
+
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8.0
 
-_HARMLESS = frozenset(
+COMMON_FIELDS = frozenset(
     {
         # What any adapter says about itself.
         *(
@@ -32,6 +44,12 @@ _HARMLESS = frozenset(
         ),
         # What was asked for; the keys in the file say what was adapted.
         *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
+    }
+)
+"""Fields of every method that change nothing about a merge, whatever they hold."""
+
+_HARMLESS = COMMON_FIELDS | frozenset(
+    {
         # How it was initialised and trained; init_lora_weights says which of these acted.
         *("corda_config", "eva_config", "init_weights", "loftq_config", "lora_dropout", "lora_ga_config"),
         *("runtime_config", "velora_config"),
@@ -156,7 +174,7 @@ def read_config(adapter: Tree, options: ScaleOptions, residual_base: bool = Fals
     method = raw.get("peft_type")
     if method not in (LORA, TOKENS):
         return ConfigReading(None, (_wrong_method(method, where),))
-    fields = _Fields(raw, where)
+    fields = Fields(raw, where)
     problems = [
         *_unsupported(raw, where),
         *_initialisation(raw, where, residual_base),
@@ -181,7 +199,7 @@ def _from_flags(options: ScaleOptions) -> AdapterConfig:
     )
 
 
-def _read(fields: _Fields, method: str, options: ScaleOptions) -> AdapterConfig:
+def _read(fields: Fields, method: str, options: ScaleOptions) -> AdapterConfig:
     alpha, alpha_source = fields.number("lora_alpha"), "adapter_config.json"
     if alpha is None:
         alpha, alpha_source = options.alpha_for(""), "--lora-alpha"
@@ -213,87 +231,103 @@ def _read(fields: _Fields, method: str, options: ScaleOptions) -> AdapterConfig:
     )
 
 
-class _Fields:
-    """Reads fields, and collects those that do not hold what PEFT would write there."""
+class Fields:
+    """Reads fields, and collects those that do not hold what PEFT would write there.
+
+    Each reader takes a field's name and returns its value, or what PEFT takes where the field is absent, null or malformed.
+    """
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self._raw = raw
-        self._where = where
+        self.raw = raw
+        self.where = where
         self.problems: list[Exception] = []
 
-    def flag(self, name: str) -> bool:
-        value = self._raw.get(name)
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.raw.get(name)
         if value is not None and not isinstance(value, bool):
-            self._malformed(name, "true or false")
-        return value is True
+            self.malformed(name, "true or false")
+        return value if isinstance(value, bool) else default
 
     def rank(self) -> int:
-        value = self._raw.get("r")
+        """LoRA's rank."""
+        return self.whole("r", _DEFAULT_RANK)
+
+    def whole(self, name: str, default: int, least: int = 1) -> int:
+        """An integer, at least `least`."""
+        value = self.raw.get(name)
         if value is None:
-            return _DEFAULT_RANK
-        if not _is_int(value) or value < 1:
-            self._malformed("r", "a positive integer")
-            return _DEFAULT_RANK
+            return default
+        if not _is_int(value) or value < least:
+            self.malformed(name, "a positive integer" if least == 1 else f"an integer from {least}")
+            return default
         return int(value)
 
     def number(self, name: str) -> float | None:
-        value = self._raw.get(name)
+        """A finite number; None where there is none."""
+        value = self.raw.get(name)
         if value is None or _is_number(value):
             return None if value is None else float(value)
-        self._malformed(name, "a finite number")
+        self.malformed(name, "a finite number")
         return None
 
     def text(self, name: str) -> str | None:
-        value = self._raw.get(name)
+        """A text that is not empty; None for anything else."""
+        value = self.raw.get(name)
         return value if isinstance(value, str) and value else None
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
-        value = self._raw.get(name)
+        """One of some texts, the first of them by default."""
+        value = self.raw.get(name)
         if value is None:
             return choices[0]
         if value not in choices:
-            self._malformed(name, " or ".join(choices))
+            self.malformed(name, " or ".join(choices))
             return choices[0]
         return str(value)
 
     def names(self, name: str) -> tuple[str, ...]:
-        value = self._raw.get(name)
+        """A list of names; one name is a list of one."""
+        value = self.raw.get(name)
         names = [value] if isinstance(value, str) else value or []
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-            self._malformed(name, "a list of names")
+            self.malformed(name, "a list of names")
             return ()
         return tuple(names)
 
     def pattern(self, name: str, *, whole: bool) -> dict[str, float]:
-        value = self._raw.get(name) or {}
+        """Numbers by regular expression; ranks if `whole`."""
+        value = self.raw.get(name) or {}
         fits = _is_rank if whole else _is_number
         if not isinstance(value, Mapping) or not all(fits(entry) for entry in value.values()):
-            self._malformed(name, f"{'positive integers' if whole else 'numbers'} by regular expression")
+            self.malformed(name, f"{'positive integers' if whole else 'numbers'} by regular expression")
             return {}
         for key in value:
-            if not _compiles(key):
-                self._malformed(name, "simple regular expressions", found=key[:80])
+            if not compiles(key):
+                self.malformed(name, "simple regular expressions", found=key[:80])
                 return {}
         return {str(key): float(entry) for key, entry in value.items()}
 
     def indices(self, name: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]] | None:
-        value = self._raw.get(name)
+        """Token indices, or some for each of several modules."""
+        value = self.raw.get(name)
         if value is None:
             return None
         lists = list(value.values()) if isinstance(value, Mapping) else [value]
         if not all(isinstance(part, list) and all(_is_int(index) for index in part) for part in lists):
-            self._malformed(name, "a list of token indices, or one per module")
+            self.malformed(name, "a list of token indices, or one per module")
             return None
         if isinstance(value, Mapping):
             return {str(key): tuple(part) for key, part in value.items()}
         return tuple(value)
 
-    def _malformed(self, name: str, expected: str, found: object = None) -> None:
-        value = repr(self._raw.get(name)) if found is None else repr(found)
+    def malformed(self, name: str, expected: str, found: object = None) -> None:
+        """Collect the problem of a field that does not hold what it should."""
+        value = repr(self.raw.get(name)) if found is None else repr(found)
         self.problems.append(
             CorruptCheckpoint(
                 f"{name} makes no sense",
-                where=self._where,
+                where=self.where,
                 expected=expected,
                 found=value if len(value) <= 80 else f"{value[:80]}...",
             )
@@ -303,11 +337,12 @@ class _Fields:
 def _wrong_method(method: object, where: str) -> Exception:
     if method is None:
         return UnsupportedCheckpoint("the adapter's configuration names no peft_type", where=where, expected=LORA)
+    reason = _REASONS.get(method) if isinstance(method, str) else None
     return UnsupportedCheckpoint(
-        f"peft_type {str(method)[:80]} is not supported",
+        f"peft_type {str(method)[:80]} {f'{reason}: ' if reason else 'is '}not supported",
         where=where,
-        expected=f"{LORA} (LoRA, rsLoRA, DoRA) or {TOKENS}",
-        hint="merge it with peft's merge_and_unload, if that supports it",
+        expected=f"{LORA} (LoRA, rsLoRA, DoRA), {TOKENS}, or a method whose file alone says what becomes of the weights",
+        hint=None if reason == _PROMPTS else "merge it with peft's merge_and_unload, if that supports it",
     )
 
 
@@ -315,8 +350,19 @@ def _unsupported(raw: Mapping[str, Any], where: str) -> Iterator[Exception]:
     for name, method in _METHODS.items():
         if not _is_neutral(raw.get(name)):
             yield UnsupportedCheckpoint(f"the adapter uses {method}: not supported", where=where, found=name)
+    yield from unknown_fields(raw, KNOWN_FIELDS, where)
+
+
+def unknown_fields(raw: Mapping[str, Any], known: Container[str], where: str) -> Iterator[Exception]:
+    """The refusals of fields of which nobody knows what they do: newer versions add variants of a method as fields.
+
+    Args:
+        raw: The configuration.
+        known: The fields of the method.
+        where: The configuration, for errors.
+    """
     for name, value in raw.items():
-        if name in KNOWN_FIELDS or _is_neutral(value):
+        if name in known or _is_neutral(value):
             continue
         shown = repr(value)
         yield UnsupportedCheckpoint(
@@ -384,7 +430,7 @@ def _is_number(value: object) -> bool:
     return abs(value) < 1e30 and math.isfinite(value)
 
 
-def _compiles(key: str) -> bool:
+def compiles(key: str) -> bool:
     """Whether a pattern is a regular expression, and none that a file could stall its reader with."""
     wildcards = len(re.findall(r"\.[*+]", key))
     if len(key) > _PATTERN_LENGTH or wildcards > _PATTERN_WILDCARDS or _NESTED_REPEAT.search(key):

@@ -1,26 +1,35 @@
-"""PEFT: LoRA adapters of Hugging Face's library, saved as a directory with ``adapter_config.json`` beside the weights.
+"""PEFT: adapters of Hugging Face's library, saved as a directory with ``adapter_config.json`` beside the weights.
 
 The parts of the work, in order: `config` reads the configuration, `keys` claims every key, `names` finds the base's tensors,
 `saved` sees that what was trained whole is there, `tying` decides about tied embeddings, `riding` places what replaces values of
-the base, `sites` what is added to them.
+the base, `sites` what is added to them. Other methods than LoRA have their own configurations, keys and sites, in `methods`; the
+rest is the same for all.
 
-Source: huggingface/peft, ``src/peft/tuners/lora``.
+Source: huggingface/peft, ``src/peft/tuners``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from lora_merge_cli.dialects.interface import ScaleOptions, Subject, Tree
 from lora_merge_cli.dialects.peft.bases import base_problems, wrong_base
 from lora_merge_cli.dialects.peft.config import TOKENS, AdapterConfig, read_config
-from lora_merge_cli.dialects.peft.keys import Keys, Layer, is_peft_name, read_keys
+from lora_merge_cli.dialects.peft.keys import Keys, Layer, Whole, is_peft_name, read_keys
+from lora_merge_cli.dialects.peft.methods import method_of
+from lora_merge_cli.dialects.peft.methods import survey as methods
+from lora_merge_cli.dialects.peft.methods.config import read_config as read_method_config
+from lora_merge_cli.dialects.peft.methods.interface import Method
+from lora_merge_cli.dialects.peft.methods.keys import layer_problems as method_problems
+from lora_merge_cli.dialects.peft.methods.keys import read_method_keys
 from lora_merge_cli.dialects.peft.names import Names
 from lora_merge_cli.dialects.peft.patterns import rank_of
 from lora_merge_cli.dialects.peft.riding import read_rows, read_whole, vocabulary, whole_reason
 from lora_merge_cli.dialects.peft.saved import saved_problems
 from lora_merge_cli.dialects.peft.sites import (
+    Found,
     find_sites,
     layer_problems,
     layer_scale,
@@ -46,11 +55,18 @@ class Peft(TorchModel):
             return True
         return any(is_peft_name(dotted(path)) for path in tree.index.tensors)
 
+    def of(self, adapter: Tree) -> Peft:  # noqa: ARG002  (others ask it)
+        """See `AdapterDialect.of`: one for all."""
+        return self
+
     def survey(self, subject: Subject, options: ScaleOptions) -> Survey:
         """See `Dialect.survey`."""
         if subject.adapter is None:
             return Survey((), problems=(UsageError("no adapter is given", hint="name it with --adapter"),))
         adapter, base = subject.adapter, subject.checkpoint
+        method = method_of(adapter.config)
+        if method is not None:
+            return _survey_method(method, adapter, base, options)
         reading = read_config(adapter, options, subject.residual_base)
         config = reading.config
         if config is None:
@@ -59,18 +75,20 @@ class Peft(TorchModel):
         problems = [*reading.problems, *base_problems(base), *keys.problems]
         problems += layer_problems(keys, config, adapter.where)
         problems += _misplaced(keys, config, adapter.where)
-        try:
-            return _survey(keys, config, adapter, base, problems, reading.notes)
-        except UnmatchedAdapter as error:
-            return Survey((), problems=(*problems, error))
+        wanted = wanted_names(keys, base)
+        find = functools.partial(find_sites, keys, config, adapter, base)
+        return _survey(keys, config, adapter, base, problems, reading.notes, wanted, find)
 
     def describe(self, adapter: Tree, options: ScaleOptions) -> AdapterSummary:
         """See `AdapterDialect.describe`."""
+        method = method_of(adapter.config)
+        if method is not None:
+            return _describe_method(method, adapter, options)
         reading = read_config(adapter, options)
         config = reading.config
         if config is None:
-            method = str((adapter.config or {}).get("peft_type"))
-            return AdapterSummary(method, None, (), (), reading.problems)
+            named = str((adapter.config or {}).get("peft_type"))
+            return AdapterSummary(named, None, (), (), reading.problems)
         keys = read_keys(adapter)
         problems = [*reading.problems, *keys.problems, *layer_problems(keys, config, adapter.where)]
         problems += _misplaced(keys, config, adapter.where)
@@ -94,6 +112,57 @@ class Peft(TorchModel):
         )
 
 
+_Find = Callable[[Names, Mapping[KeyPath, tuple[int, ...]]], Found]
+"""Finds the sites, given where the base's tensors are and which shapes are replaced."""
+
+
+def _survey_method(method: Method, adapter: Tree, base: Tree, options: ScaleOptions) -> Survey:
+    reading = read_method_config(method, adapter, options)
+    config = reading.config
+    keys = read_method_keys(method, adapter, config)
+    problems = [*reading.problems, *base_problems(base), *keys.problems]
+    problems += method_problems(method, keys, adapter.where)
+    wanted = [*wanted_names(keys.rest, base), *methods.wanted_names(keys)]
+
+    def find(names: Names, shapes: Mapping[KeyPath, tuple[int, ...]]) -> Found:
+        return methods.find_sites(method, keys, config, base, names, shapes, adapter.where)
+
+    survey = _survey(keys.rest, config.common, adapter, base, problems, (), wanted, find)
+    values = {keys.rest.whole[name].spec.path for name in _values(keys.tuned)}
+    return dataclasses.replace(
+        survey,
+        replacements=tuple(
+            dataclasses.replace(one, reason=method.title) if one.path in values else one for one in survey.replacements
+        ),
+    )
+
+
+def _describe_method(method: Method, adapter: Tree, options: ScaleOptions) -> AdapterSummary:
+    reading = read_method_config(method, adapter, options)
+    keys, common = read_method_keys(method, adapter, reading.config), reading.config.common
+    values = set(_values(keys.tuned))
+    return AdapterSummary(
+        method.title,
+        common.base,
+        tuple(methods.rows(method, keys, adapter.where)),
+        (
+            *(f"{name}: {method.title}" for name in keys.rest.whole if name in values),
+            *_riding(dataclasses.replace(keys.rest, whole=_without(keys.rest.whole, values)), common),
+        ),
+        (*reading.problems, *keys.problems, *method_problems(method, keys, adapter.where)),
+    )
+
+
+def _values(tuned: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The names of tensors whose values the method itself replaces."""
+    for module, leaves in tuned.items():
+        yield from (f"{module}.{leaf}" for leaf in leaves)
+
+
+def _without(whole: Mapping[str, Whole], names: Container[str]) -> dict[str, Whole]:
+    return {name: one for name, one in whole.items() if name not in names}
+
+
 def _survey(
     keys: Keys,
     config: AdapterConfig,
@@ -101,15 +170,20 @@ def _survey(
     base: Tree,
     problems: list[Exception],
     notes: Sequence[str],
+    wanted: Iterable[str],
+    find: _Find,
 ) -> Survey:
-    names = Names(wanted_names(keys, base), base)
+    try:
+        names = Names(wanted, base)
+    except UnmatchedAdapter as error:
+        return Survey((), problems=(*problems, error))
     problems = [*problems, *saved_problems(keys, config, base, names, adapter.where)]
     tying = settle(keys, config, base, names, adapter.where)
     whole = read_whole(keys, config, base, names, adapter.where)
     replaced = [*whole.replacements, *tying.replaced]
     shapes = _shapes(tying, replaced, adapter, base)
     rows = read_rows(keys, config, base, names, shapes, adapter.where)
-    found = find_sites(keys, config, adapter, base, names, shapes)
+    found = find(names, shapes)
     replaced += rows.replacements
     sites = list(found.sites)
     if tying.mirrored is not None:

@@ -61,6 +61,18 @@ _OTHER_METHODS: Mapping[str, re.Pattern[str]] = {
         "VBLoRA": r"vblora_\w+",
         "GraLoRA": r"gralora_\w+",
         "RoAd": r"road_\w+",
+        "HiRA": r"hira_\w+",
+        "WaveFT": r"waveft_\w+",
+        "PSOFT": r"psoft_\w+",
+        "OSF": r"osf_\w+",
+        "AdaMSS": r"adamss_\w+",
+        "BEFT": r"beft_\w+",
+        "DEFT": r"deft_\w+",
+        "FRoD": r"frod_\w+",
+        "GLoRA": r"glora_\w+",
+        "PEANuT": r"peanut_\w+",
+        "TinyLoRA": r"tinylora_\w+",
+        "UniLoRA": r"unilora_\w+",
         "prompt learning": r"prompt_embeddings|prompt_encoder",
     }.items()
 }

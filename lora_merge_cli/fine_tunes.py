@@ -1,0 +1,78 @@
+"""Opens several fine-tunes of one base side by side: what a method joins, and what its judge reads. Computes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lora_merge_cli.errors import UnknownFormat, UsageError
+from lora_merge_cli.formats import open_adapter, open_checkpoint
+from lora_merge_cli.formats.interface import Source
+from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs
+from lora_merge_cli.joining.method import Joining
+from lora_merge_cli.records import KeyPath
+
+Declared: TypeAlias = Mapping[KeyPath, np.dtype[Any]]
+"""What a merge would store leaves in."""
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """Which fine-tunes of one base to join, and how."""
+
+    tuned: tuple[AdapterChoice, ...]
+    """Each with its weight: a run, step or item directory, a dense checkpoint, or an adapter of the base."""
+    joining: Joining
+    """How."""
+
+
+def open_fine_tunes(base: Path, request: JoinRequest, step: int | None, dialect: str | None) -> Inputs:
+    """Open a base and several fine-tunes of it: inputs that have them all, and as their checkpoint the first one.
+
+    Raises:
+        InputError: An input is missing, unreadable or of unknown format.
+    """
+    parts = tuple(FineTune(_open(base, choice.path, step, dialect), choice.weight) for choice in request.tuned)
+    first = parts[0].inputs
+    return Inputs(first.checkpoint, first.dialect, base=open_checkpoint(base), joined=parts, joining=request.joining)
+
+
+def joint_inputs(
+    inputs: Inputs,
+    fused: Callable[[FineTune], tuple[Source, Declared]],
+    joined: Callable[[Inputs, Sequence[Source]], Source],
+) -> Inputs:
+    """The inputs of an interpolation towards what fine-tunes are joined into.
+
+    Args:
+        inputs: The fine-tunes and their base, see `open_fine_tunes`.
+        fused: Merges a fine-tune's adapters.
+        joined: Makes one source of all of them.
+    """
+    sources: list[Source] = []
+    declared: list[Declared] = []
+    for part in inputs.joined:
+        source, dtypes = fused(part) if part.has_adapters else (part.inputs.checkpoint.source, {})
+        sources.append(source)
+        declared.append(dtypes)
+    stored = {path: declared[0].get(path, spec.dtype) for path, spec in sources[0].index().tensors.items()}
+    checkpoint = dataclasses.replace(inputs.checkpoint, source=joined(inputs, sources))
+    return dataclasses.replace(inputs, checkpoint=checkpoint, declared=stored)
+
+
+def _open(base: Path, path: Path, step: int | None, dialect: str | None) -> Inputs:
+    """Open one fine-tune: a checkpoint, or the base with an adapter."""
+    try:
+        return open_inputs(path, step=step, dialect=dialect)
+    except UnknownFormat:
+        open_adapter(path)
+    except UsageError:
+        # The dialect that the user names may be that of adapters beside the base.
+        if dialect is None:
+            raise
+    return open_inputs(base, [AdapterChoice(path)], dialect=dialect)
