@@ -66,6 +66,16 @@ def _sweep(case: str, given: Input, base: Input) -> tuple[Row, ...]:
     )
 
 
+def _extract(case: str, given: Input, base: Input) -> tuple[Row, ...]:
+    merged, place = outputs(case) / "merged", outputs(case) / "adapter"
+    return (
+        commands.copy(given.path, outputs(case) / "copy"),
+        commands.extract(given.path, base.path, place, "adapters inside"),
+        commands.merge(given.path, merged),
+        commands.extract(merged, base.path, place, "dense, --rank 16", "--rank", "16"),
+    )
+
+
 def _llama(case: str, given: Input, *, peft: bool) -> tuple[Row, ...]:
     base, adapter, merged = given.path / "base", given.path / "adapter", outputs(case) / "merged"
     return (
@@ -200,6 +210,16 @@ CASES = (
             Target("five alphas", "wall", 0, 2.5, "one alpha"),
             Target("five alphas", "peak", 0.5, 1, "one alpha"),
         ),
+    ),
+    Case(
+        "extract",
+        "full",
+        "An adapter out of a full-size pi0 LoRA fine-tune, and out of its merged result",
+        3,
+        partial(_extract, "extract", _FULL, _FULL_BASE),
+        (_FULL, _FULL_BASE),
+        "cp -r",
+        (),
     ),
     Case(
         "llama",

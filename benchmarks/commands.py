@@ -52,6 +52,12 @@ def interpolate(base: Path, tuned: Path, output: Path, name: str, *flags: str) -
     return Row(name, command, (base, tuned), output)
 
 
+def extract(tuned: Path, base: Path, output: Path, name: str, *flags: str) -> Row:
+    """An adapter taken out of a fine-tune beside its base."""
+    command = (*TOOL, "extract", str(tuned), "--base", str(base), "-o", str(output), *flags, "-q")
+    return Row(name, command, (tuned, base), output)
+
+
 def copy(source: Path, output: Path, name: str = "cp -r") -> Row:
     """The yardstick: a plain copy that shares no blocks of the disk with its source."""
     return Row(name, ("cp", "-r", "--reflink=never", str(source), str(output)), (source,), output)

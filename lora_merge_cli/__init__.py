@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora_merge_cli.combining import Combining as Combining
     from lora_merge_cli.dialects.interface import ScaleOptions as ScaleOptions
     from lora_merge_cli.diffing import DiffRequest as DiffRequest
     from lora_merge_cli.diffing import diff as diff
     from lora_merge_cli.errors import LoraMergeError as LoraMergeError
+    from lora_merge_cli.extract_report import ExtractReport as ExtractReport
+    from lora_merge_cli.extracting import ExtractRequest as ExtractRequest
+    from lora_merge_cli.extracting import extract as extract
+    from lora_merge_cli.fine_tunes import JoinRequest as JoinRequest
     from lora_merge_cli.formats import open_checkpoint as open_checkpoint
     from lora_merge_cli.inputs import AdapterChoice as AdapterChoice
     from lora_merge_cli.inspection import Inspection as Inspection
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from lora_merge_cli.interpolating import InterpolateRequest as InterpolateRequest
     from lora_merge_cli.interpolating import interpolate as interpolate
     from lora_merge_cli.interpolating import prepare_interpolation as prepare_interpolation
+    from lora_merge_cli.joining import Joining as Joining
     from lora_merge_cli.merging import merge as merge
     from lora_merge_cli.merging import prepare as prepare
     from lora_merge_cli.mixing import Mixing as Mixing
@@ -35,18 +41,26 @@ if TYPE_CHECKING:
     from lora_merge_cli.report import MergeReport as MergeReport
     from lora_merge_cli.report import SweepReport as SweepReport
     from lora_merge_cli.report import VerifyReport as VerifyReport
+    from lora_merge_cli.resize_report import ResizeReport as ResizeReport
+    from lora_merge_cli.resizing import ResizeRequest as ResizeRequest
+    from lora_merge_cli.resizing import resize as resize
     from lora_merge_cli.verification import Judging as Judging
     from lora_merge_cli.verification import VerifyRequest as VerifyRequest
     from lora_merge_cli.verification import verify as verify
 
 _HOMES = {
     "AdapterChoice": "inputs",
+    "Combining": "combining",
     "DiffReport": "report",
     "DiffRequest": "diffing",
+    "ExtractReport": "extract_report",
+    "ExtractRequest": "extracting",
     "InspectRequest": "inspection",
     "Inspection": "inspection",
     "InterpolateReport": "report",
     "InterpolateRequest": "interpolating",
+    "JoinRequest": "fine_tunes",
+    "Joining": "joining",
     "Judging": "verification",
     "LoraMergeError": "errors",
     "MergeOptions": "options",
@@ -54,18 +68,22 @@ _HOMES = {
     "MergeRequest": "prepared",
     "Mixing": "mixing",
     "Override": "mixing",
+    "ResizeReport": "resize_report",
+    "ResizeRequest": "resizing",
     "ScaleOptions": "dialects.interface",
     "Schedule": "mixing",
     "SweepReport": "report",
     "VerifyReport": "report",
     "VerifyRequest": "verification",
     "diff": "diffing",
+    "extract": "extracting",
     "inspect": "inspection",
     "interpolate": "interpolating",
     "merge": "merging",
     "open_checkpoint": "formats",
     "prepare": "merging",
     "prepare_interpolation": "interpolating",
+    "resize": "resizing",
     "verify": "verification",
 }
 

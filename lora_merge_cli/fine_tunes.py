@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lora_merge_cli.dialects import detect_dialect
 from lora_merge_cli.errors import UnknownFormat, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Source
-from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs
+from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, tree_of
 from lora_merge_cli.joining.method import Joining
 from lora_merge_cli.records import KeyPath
 
@@ -39,7 +40,9 @@ def open_fine_tunes(base: Path, request: JoinRequest, step: int | None, dialect:
     """
     parts = tuple(FineTune(_open(base, choice.path, step, dialect), choice.weight) for choice in request.tuned)
     first = parts[0].inputs
-    return Inputs(first.checkpoint, first.dialect, base=open_checkpoint(base), joined=parts, joining=request.joining)
+    # What adapters become is a checkpoint without any, which the dialect of adapters beside a base knows nothing of.
+    conventions = detect_dialect(tree_of(first.checkpoint)) if first.adapters else first.dialect
+    return Inputs(first.checkpoint, conventions, base=open_checkpoint(base), joined=parts, joining=request.joining)
 
 
 def joint_inputs(

@@ -13,9 +13,9 @@ class ResizedRecord(_Record):
     """One adapted module, before and after."""
 
     module: str
-    """Its path in the live model."""
+    """Its path in the live model; of a tree the path of its kernel."""
     shape: tuple[int, int]
-    """Outputs and inputs of its delta; a convolution's inputs times the entries of its kernel."""
+    """Outputs and inputs of its delta, or of each of its `matrices`; a convolution's inputs times the entries of its kernel."""
     scale: float
     """What the product of its factors was multiplied by; it is in the new factors, unless the rank stays."""
     rank_before: int
@@ -32,6 +32,8 @@ class ResizedRecord(_Record):
     """The share of ``|delta|_F^2`` that the singular values kept have; 1 where the delta is zero."""
     relative_error: float | None
     """``|delta - new delta|_F / |delta|_F`` of the factors as they are stored; null where the delta is zero."""
+    matrices: int = 1
+    """How many deltas of that shape it has, at one rank: stacked layers, heads, gate and projection. The figures are of all."""
 
 
 @dataclass(frozen=True, kw_only=True)

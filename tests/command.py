@@ -43,7 +43,7 @@ def _validator() -> Draft202012Validator:
 
 def conforming(document: Any) -> Any:
     """The document, which is valid if it is a report."""
-    if document.get("command") in ("merge", "interpolate", "sweep", "verify", "diff"):
+    if document.get("command") in ("merge", "interpolate", "sweep", "verify", "diff", "extract", "resize"):
         _validator().validate(document)
     return document
 

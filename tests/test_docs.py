@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
-COMMANDS = ("inspect", "merge", "interpolate", "verify", "diff")
+COMMANDS = ("inspect", "merge", "interpolate", "verify", "extract", "resize", "diff")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

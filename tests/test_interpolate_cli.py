@@ -610,8 +610,8 @@ def test_merge_and_interpolate_share_their_flags() -> None:
         return set(re.findall(r"(?<=\s)--[a-z][a-z-]+", run(command, "--help").stdout.replace("│", " ")))
 
     own = {"--alpha", "--alpha-for", "--alpha-schedule", "--extrapolate", "--only-common", "--deltas-only", "--resume"}
-    assert flags("merge") - flags("interpolate") == {"--base"}
-    assert flags("interpolate") - flags("merge") >= own
+    assert flags("merge") - flags("interpolate") == {"--base", "--combine", "--svd-rank", "--majority-sign"}
+    assert flags("interpolate") - flags("merge") == own | {"--method", "--sequential"}
     assert own - flags("verify") == {"--resume"}
 
 

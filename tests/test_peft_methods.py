@@ -491,3 +491,9 @@ def test_the_cases_cover_every_method() -> None:
     assert covered == {method.peft_types[0] for method in METHODS}
     assert set(LINEAR) <= set(FLAT)
     assert all(isinstance(case, Case) for case in CASES.values())
+
+
+def test_a_merge_that_is_not_peft_s_forward_is_said(saved: Any, base: Path) -> None:
+    found = survey(base, saved("OFT"))
+    assert [warning for warning in found.warnings if "overlapping patches" in warning]
+    assert not [warning for warning in survey(base, saved("BOFT")).warnings if "overlapping" in warning]

@@ -343,7 +343,8 @@ def test_the_schema_takes_the_reports_and_nothing_else(report: Any, validator: A
 
 def test_the_schema_tells_what_each_field_is() -> None:
     schema = report_schema()
-    assert schema["discriminator"]["mapping"].keys() == {"merge", "interpolate", "sweep", "verify", "diff"}
+    commands = {"merge", "interpolate", "sweep", "verify", "diff", "extract", "resize"}
+    assert schema["discriminator"]["mapping"].keys() == commands
     for record in schema["$defs"].values():
         assert record["description"] and all(field["description"] for field in record["properties"].values())
         assert record["required"] == list(record["properties"]) and record["additionalProperties"] is False

@@ -70,7 +70,7 @@ def extract(
     jobs: options.Jobs = None,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
-    report: options.ReportPaths = None,
+    report: options.TextReportPaths = None,
     github: options.Github = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,

@@ -50,7 +50,7 @@ def interpolate(
     tuned: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TUNED[@WEIGHT]]...",
+            metavar="TUNED[@WEIGHT]",
             help="What alpha 1 is: a fine-tune of BASE, dense or with adapters inside, or several that --method joins. "
             "Without it: --adapter.",
             show_default=False,

@@ -62,6 +62,7 @@ class DialectName(enum.StrEnum):
     nnx = "nnx"
     peft = "peft"
     minimind = "minimind"
+    detached = "lora-merge"
 
 
 class Compression(enum.StrEnum):
@@ -280,6 +281,12 @@ ReportPaths = Annotated[
         metavar="PATH",
         help="Write the report as .html, .md, .json, or .xml for JUnit. Repeatable.",
         show_default=False,
+    ),
+]
+TextReportPaths = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--report", metavar="PATH", help="Write the report as .md or .json. Repeatable.", show_default=False
     ),
 ]
 Github = Annotated[

@@ -28,6 +28,8 @@ def parse_alphas(texts: Sequence[str]) -> tuple[float, ...]:
     Raises:
         UsageError: One is neither, a range leads nowhere, or there are more than `MOST_ALPHAS`.
     """
+    if not texts:
+        raise UsageError("no --alpha", expected=_ALPHA, hint="0 is BASE, 1 is TUNED")
     alphas = {alpha for text in texts for alpha in _values(text)}
     if len(alphas) > MOST_ALPHAS:
         raise UsageError("--alpha asks for too many outputs", expected=f"at most {MOST_ALPHAS}", found=len(alphas))

@@ -34,12 +34,6 @@ class FactorDtype(enum.StrEnum):
     float32 = "float32"
 
 
-ReportPaths = Annotated[
-    list[Path] | None,
-    typer.Option("--report", metavar="PATH", help="Write the report as .md or .json. Repeatable.", show_default=False),
-]
-
-
 def resize(
     adapter: Annotated[
         Path,
@@ -64,7 +58,7 @@ def resize(
     dtype: Annotated[FactorDtype, typer.Option(help="Of the factors.")] = FactorDtype.keep,
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
-    report: ReportPaths = None,
+    report: options.TextReportPaths = None,
     github: options.Github = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,

@@ -120,8 +120,9 @@ def made(making: Making, values: Values, errors: Values, places: Array, *, wide:
     """A run of entries of the joint leaf.
 
     With ``p_i = w_i d_i`` the n shares and A the start times its scale, float32 rounds each w, d and p, the sum n - 1 times, its
-    sum with A once, and what the scale rounds: at most ``u ((n + 3) sum |p_i| + |A|)`` and ``2 u |A|`` for a scale that is not 1, with
-    u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 2.2), and ``|w_i|`` times what d_i itself is off.
+    sum with A once, and what the scale rounds: at most ``u ((n + 3) sum |p_i| + |A|)``, and ``2 u |A|`` more for a scale that
+    is not 1, with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 2.2), and ``|w_i|`` times what d_i
+    itself is off.
     A mean of TIES has its divisor's n + 2 roundings as well.
 
     Args:

@@ -83,7 +83,8 @@ class Whole:
             return Making(first, _of_two(shares), scale=sum(by))
         weights = joining.effective
         if joining.method == "model-stock":
-            t = share_of_mean(self._refused(inner)[1:, 1:])
+            versions = stands_for[1:]
+            t = share_of_mean(self._refused(inner)[np.ix_(versions, versions)])
             weights = (t / len(weights),) * len(weights)
             if t == 0:
                 return Making(0)

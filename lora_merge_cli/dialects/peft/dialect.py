@@ -203,7 +203,7 @@ def _survey(
         dropped=(*keys.dropped, *tying.dropped),
         problems=tuple(problems),
         notes=(*notes, *tying.notes),
-        warnings=tuple(filter(None, [*tying.warnings, *whole.warnings, warning])),
+        warnings=tuple(filter(None, [*tying.warnings, *whole.warnings, *found.warnings, warning])),
         replacements=tuple(sorted(replaced, key=lambda one: one.rows is not None)),
         created=tuple(tying.created),
         equal=tuple(tying.equal),

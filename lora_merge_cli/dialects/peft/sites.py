@@ -36,6 +36,8 @@ class Found:
     """Why no merge can be right."""
     missing: list[Layer] = field(default_factory=list)
     """Layers that the base does not have."""
+    warnings: list[str] = field(default_factory=list)
+    """What should make a reader stop."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class Fit:
     """The rank of the change where it is not the outline's."""
     scales_bias: bool = False
     """Whether the same factors change the layer's bias too."""
+    caution: str | None = None
+    """What should make a reader stop."""
 
 
 class Method(Protocol):

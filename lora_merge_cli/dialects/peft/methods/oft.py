@@ -24,6 +24,10 @@ from lora_merge_cli.dialects.peft.methods.interface import (
 from lora_merge_cli.errors import LoraMergeError, UnsupportedCheckpoint
 
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)")
+_OVERLAPPING = (
+    "OFT on convolutions whose kernel is larger than 1: merged as peft merges them, which is not what peft's own forward computes "
+    "(it adds up overlapping patches)"
+)
 _EPSILON = 6e-5
 
 
@@ -88,7 +92,8 @@ class Oft(Method):
         if problem is not None:
             return problem
         settings = {name: own[name] for name in own if name not in ("r", "oft_block_size")}
-        return Fit("oft", layer.factors(), settings)
+        overlaps = max(weight.kernel, default=1) > 1
+        return Fit("oft", layer.factors(), settings, caution=_OVERLAPPING if overlaps else None)
 
 
 def _block(inputs: int, count: int, size: int) -> int:

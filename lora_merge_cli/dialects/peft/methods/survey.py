@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_merge_cli.dialects.interface import Tree
 from lora_merge_cli.dialects.peft.layers import (
@@ -42,6 +42,7 @@ class _Context:
     shapes: Mapping[KeyPath, tuple[int, ...]]
     where: str
     layers: Mapping[str, Adapted]
+    cautions: list[str] = field(default_factory=list)
 
     @functools.cached_property
     def orientations(self) -> Orientations:
@@ -92,6 +93,7 @@ def find_sites(
             (found.sites if isinstance(site, AdapterSite) else found.problems).append(site)  # type: ignore[arg-type]
     if missing:
         found.problems.insert(0, _without_weight(missing, base, where))
+    found.warnings += dict.fromkeys(context.cautions)
     found.problems += [*_halves(keys, names, where), *_claimed_twice(found.sites, where)]
     return found
 
@@ -121,6 +123,7 @@ def _sites(context: _Context, layer: Adapted, target: KeyPath) -> Iterator[Adapt
             hint="merge into the checkpoint that it was quantised from",
         )
     else:
+        context.cautions.extend(filter(None, [fit.caution]))
         yield _site(context, layer, target, fit, weight.layout, weight.forward)
         bias = context.names.path(f"{layer.module}.bias") if fit.scales_bias else None
         if bias is not None:
