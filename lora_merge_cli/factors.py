@@ -30,7 +30,11 @@ def one_layer(site: AdapterSite) -> AdapterSite:
 
 def effective(site: AdapterSite, factors: Mapping[str, Array]) -> Mapping[str, Array]:
     """What a site's operation computes from: of a low-rank one `lora_a` and `lora_b`, whatever the adapter keeps."""
-    return factors if is_row_operation(site.operation) else operation_named(site.operation).reduce(site, with_ones(dict(factors)))
+    return (
+        factors
+        if is_row_operation(site.operation)
+        else operation_named(site.operation).reduce(site, with_ones(dict(factors)))
+    )
 
 
 class FactorReader:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_merge_cli.dialects import detect_dialect
 from lora_merge_cli.errors import UnknownFormat, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
-from lora_merge_cli.formats.interface import Source
+from lora_merge_cli.formats.interface import Checkpoint, Source
 from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, tree_of
 from lora_merge_cli.joining.method import Joining
 from lora_merge_cli.records import KeyPath
@@ -38,11 +38,21 @@ def open_fine_tunes(base: Path, request: JoinRequest, step: int | None, dialect:
     Raises:
         InputError: An input is missing, unreadable or of unknown format.
     """
-    parts = tuple(FineTune(_open(base, choice.path, step, dialect), choice.weight) for choice in request.tuned)
+    anchor = open_checkpoint(base)
+    parts = tuple(
+        _on_base(FineTune(_open(base, choice.path, step, dialect), choice.weight), anchor) for choice in request.tuned
+    )
     first = parts[0].inputs
     # What adapters become is a checkpoint without any, which the dialect of adapters beside a base knows nothing of.
     conventions = detect_dialect(tree_of(first.checkpoint)) if first.adapters else first.dialect
-    return Inputs(first.checkpoint, conventions, base=open_checkpoint(base), joined=parts, joining=request.joining)
+    return Inputs(first.checkpoint, conventions, base=anchor, joined=parts, joining=request.joining)
+
+
+def _on_base(part: FineTune, base: Checkpoint) -> FineTune:
+    """The fine-tune with its deltas on the base's own values: what its kernels lost by rounding is no change that it made."""
+    if part.inputs.adapters or not part.has_adapters:
+        return part
+    return dataclasses.replace(part, inputs=dataclasses.replace(part.inputs, base=base))
 
 
 def joint_inputs(

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_merge_cli.blocks import BlockReader
+from lora_merge_cli.blocks import Block, BlockReader
+from lora_merge_cli.compare import equals_rounded
+from lora_merge_cli.errors import WrongBase
 from lora_merge_cli.factors import FactorReader, check_factors
 from lora_merge_cli.formats.interface import Source, Stored
 from lora_merge_cli.inputs import Inputs
@@ -28,7 +30,7 @@ class FusedSource:
     """A checkpoint with adapters inside, or a base with some beside it, as a `Source` of merged leaves.
 
     Kernels under adapters are float32, whatever they are stored in: they are not rounded before something else is made of them.
-    All other leaves are as they are stored.
+    All other leaves are as they are stored. With a base, deltas are added to its own values, as `merge --base` does.
 
     Args:
         inputs: What is merged.
@@ -76,6 +78,7 @@ class FusedSource:
 
         Raises:
             NonFiniteInput: A kernel under an adapter holds NaN or Inf.
+            WrongBase: A kernel is not the base's, rounded.
             Unrepresentable: A merged kernel is beyond float32.
         """
         step = self._steps[path]
@@ -110,10 +113,20 @@ class FusedSource:
         work = self._work(step)
         with ThreadPoolExecutor(1) as pool:
             for block in self._blocks.read([step], pool):
+                self._refuse_other_base(step, block)
                 if work is None:
                     yield block.region, cast(block.sides.values, step, self._source)
                 else:
                     yield block.region, work.take(block, work.compute(block))
+
+    def _refuse_other_base(self, step: Step, block: Block) -> None:
+        base = block.sides.base
+        if base is not None and self._inputs.base is not None and not equals_rounded(block.sides.values, base):
+            raise WrongBase(
+                "the base is not what the fine-tune started from",
+                where=f"{self._inputs.base.source.path} :: {step.output.name}",
+                expected=f"the kernel of {self.path} once rounded to {step.source.dtype.name}, bit for bit",
+            )
 
     def _work(self, step: Step) -> LeafWork | None:
         if not step.sites:

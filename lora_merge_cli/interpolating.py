@@ -136,6 +136,7 @@ class PreparedInterpolation:
             serving_dtype=first.serving_dtype,
             output=None if self.output is None else str(self.output),
             mixing=first.mixing,
+            joining=first.joining,
             points=tuple(sorted(points, key=lambda point: point.alpha)),
             warnings=first.warnings,
             notes=(*first.notes, *_unmixed_note(first)),

@@ -21,6 +21,8 @@ from lora_merge_cli.recording import (
     combining_record,
     dropped_records,
     group_records,
+    joining_notes,
+    joining_record,
     leaf_records,
     mixed_records,
     mixing_record,
@@ -114,7 +116,7 @@ class Prepared:
         plan, checkpoint = self.plan, self.inputs.checkpoint
         output = self.request.output
         combining = self.request.options.combining.of(len(self.inputs.adapters), plan.sites)
-        notes = [*plan.notes, *plan.model.advice, *combining_notes(combining)]
+        notes = [*plan.notes, *plan.model.advice, *combining_notes(combining), *joining_notes(self.inputs.joining)]
         notes += [f"config.json: {key} becomes {value}" for key, value in config_corrections(checkpoint, plan).items()]
         if checkpoint.left_out:
             notes.append(f"left out: {', '.join(checkpoint.left_out)}")
@@ -145,6 +147,7 @@ class Prepared:
         return InterpolateReport(
             **said,
             mixing=mixing_record(plan.mixing),
+            joining=joining_record(self.inputs.joining),
             mixed=mixed_records(plan, self.inputs.dialect, {}),
             not_interpolated=plan.unmixed,
             plan_digest=plan_digest(self.inputs, plan, self.placement.format.name),

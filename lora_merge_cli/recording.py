@@ -16,12 +16,14 @@ from lora_merge_cli.combining import Combining
 from lora_merge_cli.dialects import Dialect, Group
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import Inputs
+from lora_merge_cli.joining.method import Joining
 from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.records import AdapterSite, Index, KeyPath, TensorSpec, display
 from lora_merge_cli.report import (
     CombiningRecord,
     DroppedRecord,
     GroupRecord,
+    JoiningRecord,
     LayerRecord,
     LeafRecord,
     MixedRecord,
@@ -158,6 +160,31 @@ def combining_record(combining: Combining) -> CombiningRecord | None:
     )
 
 
+def joining_record(joining: Joining | None) -> JoiningRecord | None:
+    """The record of how several fine-tunes become one; None where there is one."""
+    if joining is None:
+        return None
+    return JoiningRecord(
+        method=joining.method,
+        weights=joining.effective,
+        density=joining.density,
+        seed=joining.seed if joining.method == "dare-ties" else None,
+        sequential=joining.sequential,
+    )
+
+
+def joining_notes(joining: Joining | None) -> Sequence[str]:
+    """How several fine-tunes become one, in words."""
+    if joining is None:
+        return []
+    said = [f"weights {', '.join(f'{weight:g}' for weight in joining.effective)}"]
+    said += [f"density {joining.density:g}"] if joining.density is not None else []
+    said += [f"seed {joining.seed}"] if joining.method == "dare-ties" else []
+    said += ["each from the one before it"] if joining.sequential else []
+    count = len(joining.weights)
+    return [f"{count} fine-tune{'s'[: count - 1]} joined by {joining.method}: {'; '.join(said)}"]
+
+
 def with_departure(record: CombiningRecord | None, departures: Mapping[str, float]) -> CombiningRecord | None:
     """The record with the largest of some departures, by kernel."""
     if record is None or not departures:
@@ -248,7 +275,8 @@ def _part_record(part: str, leaves: Sequence[tuple[Step, Moments]], serving_dtyp
 
 def plan_digest(inputs: Inputs, plan: MergePlan, output_format: str) -> str:
     """A digest of all that decides the output's values: two runs with one digest write the same arrays."""
-    digest = hashlib.sha256(f"{__version__} {output_format} {plan.multiplier!r}".encode())
+    how = (plan.multiplier, plan.combining, inputs.joining)
+    digest = hashlib.sha256(f"{__version__} {output_format} {how!r}".encode())
     for role, opened in inputs.opened:
         digest.update(f"{role} {opened.source.fingerprint()}".encode())
         for file in _files_of(opened):

@@ -306,6 +306,22 @@ class CombiningRecord(_Record):
 
 
 @dataclass(frozen=True)
+class JoiningRecord(_Record):
+    """How several fine-tunes became the one that alpha 1 stands for."""
+
+    method: str
+    """The value of ``--method``."""
+    weights: tuple[float, ...]
+    """Of each fine-tune, in the order of the sources."""
+    density: float | None
+    """The share of entries that was kept; null where the method keeps all."""
+    seed: int | None
+    """What random draws came from; null where nothing is drawn."""
+    sequential: bool
+    """Whether each fine-tune's change is its difference from the one before."""
+
+
+@dataclass(frozen=True)
 class MixedRecord(_Record):
     """A leaf without a site that both sides have: it was interpolated between them."""
 
@@ -478,6 +494,8 @@ class InterpolateReport(OutputReport):
     """Leaves that the fine-tune trained and that are its own at every alpha: they have no base."""
     plan_digest: str = ""
     """A digest of all that decides the output's values; ``--resume`` keeps an output that has the same."""
+    joining: JoiningRecord | None = None
+    """How several fine-tunes became one; null where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,6 +518,8 @@ class SweepReport(Report):
     """Which alpha went where; `alpha` is the first output's."""
     points: tuple[PointRecord, ...]
     """Every alpha, ascending."""
+    joining: JoiningRecord | None = None
+    """How several fine-tunes became one; null where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,6 +538,8 @@ class VerifyReport(ModelReport):
     """Whether a lesser gain fails."""
     mixing: MixingRecord | None = None
     """Which alpha goes where, where the result is an interpolation; null for a merge."""
+    joining: JoiningRecord | None = None
+    """How several fine-tunes became one; null where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

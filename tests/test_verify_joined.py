@@ -242,9 +242,8 @@ def openpi(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "slerp"])
-@pytest.mark.parametrize("alpha", [1, 0.5])
-def test_adapters_inside(openpi: World, method: str, alpha: float) -> None:
-    flags = (*METHODS[method], "--alpha", alpha)
+def test_adapters_inside(openpi: World, method: str) -> None:
+    flags = (*METHODS[method], *(("--alpha", "0.5") if method in ("ties", "karcher") else ()))
     result = openpi.join(*flags, "--verify")
     assert failed(openpi.verify(result, *flags)) == set()
     if "--density" in flags:

@@ -285,9 +285,7 @@ ReportPaths = Annotated[
 ]
 TextReportPaths = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--report", metavar="PATH", help="Write the report as .md or .json. Repeatable.", show_default=False
-    ),
+    typer.Option("--report", metavar="PATH", help="Write the report as .md or .json. Repeatable.", show_default=False),
 ]
 Github = Annotated[
     bool, typer.Option("--github", help="Append the report to the job summary that $GITHUB_STEP_SUMMARY names.")

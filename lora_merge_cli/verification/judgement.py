@@ -20,6 +20,7 @@ from lora_merge_cli.listening import Listener
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import (
     group_records,
+    joining_record,
     mixing_record,
     peak_rss,
     site_record,
@@ -212,6 +213,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         min_gain=request.judging.min_gain,
         strict=request.judging.strict,
         mixing=None if request.options.mixing is None else mixing_record(request.options.mixing),
+        joining=joining_record(inputs.joining),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         versions=versions(),
