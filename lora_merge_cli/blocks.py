@@ -117,16 +117,13 @@ class BlockReader:
         step, equation = steps[0], sites[0].parameters.equation
         shape = step.source.shape[len(step.source.shape) - len(equation.target) :]
         norms = [self._norms(step, site, own, regions, pool) for site, own in zip(sites, factors, strict=True)]
-        if any(is_row_operation(site.operation) for site in sites):
-            parts = [
-                self._row_site(site, own, shape)
-                if is_row_operation(site.operation)
-                else self._contribution(site, own, norm)
-                for site, own, norm in zip(sites, factors, norms, strict=True)
-            ]
-            return (), Chain(equation, shape, parts, self._device)
+        given = list(zip(sites, factors, norms, strict=True))
+        by_row = [self._row_site(site, own, shape) for site, own, _ in given if is_row_operation(site.operation)]
+        if by_row:
+            parts = [self._contribution(*each) for each in given if not is_row_operation(each[0].operation)]
+            return (), Chain(equation, shape, in_sequence(parts) if parts else None, by_row, self._device)
         if self._plan.combining.is_sum:
-            whole = in_sequence([self._contribution(*each) for each in zip(sites, factors, norms, strict=True)])
+            whole = in_sequence([self._contribution(*each) for each in given])
         else:
             whole = self._combined(sites, factors, step.tensor_name(layer))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_merge_cli.compare import count_non_finite, equals_rounded
 from lora_merge_cli.equation import Equation
-from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
 from lora_merge_cli.formats.interface import Blocks, Source
 from lora_merge_cli.operations import cut
 from lora_merge_cli.records import Array, Region, TensorSpec, full_region, grid, slab
@@ -75,6 +75,7 @@ class LeafDelta:
         Raises:
             CorruptCheckpoint: One of the two cannot be read.
             NonFiniteInput: T or B holds NaN or Inf.
+            Unrepresentable: An entry of T - B is beyond float32.
         """
         rows, columns = self.cut.rows, self.cut.columns
         held = rows * columns <= _HELD_ENTRIES
@@ -100,8 +101,10 @@ class LeafDelta:
             self._refuse_non_finite(self._tuned, self._sides.tuned, ours)
             self._refuse_non_finite(self._base, self._sides.base, theirs)
             wide = np.float64 if np.float64 in (ours.dtype, theirs.dtype) else np.float32
-            delta = ours.astype(wide) - theirs.astype(wide)
-            yield delta.astype(np.float32).reshape(-1, self.cut.columns)
+            with np.errstate(over="ignore"):
+                delta = (ours.astype(wide) - theirs.astype(wide)).astype(np.float32)
+            self._refuse_overflow(delta)
+            yield delta.reshape(-1, self.cut.columns)
 
     def _refuse_non_finite(self, source: Source, spec: TensorSpec, values: Array) -> None:
         bad = count_non_finite(values)
@@ -111,6 +114,17 @@ class LeafDelta:
                 where=f"{source.path} :: {spec.name}",
                 expected="finite values",
                 found=f"{bad} entries NaN or Inf",
+            )
+
+    def _refuse_overflow(self, delta: Array) -> None:
+        beyond = count_non_finite(delta)
+        if beyond:
+            raise Unrepresentable(
+                "a difference that is not finite in float32",
+                where=f"{self._tuned.path} :: {self._sides.tuned.name}",
+                expected="factors of float32",
+                found=f"{beyond} entries beyond it",
+                hint="see that TUNED and BASE belong together, or leave it out with --exclude",
             )
 
 
@@ -174,6 +188,7 @@ def factor_leaf(delta: LeafDelta, folder: Path, rank: int | None, energy: float 
     Raises:
         CorruptCheckpoint: One of the two checkpoints cannot be read.
         NonFiniteInput: One of the two holds NaN or Inf there.
+        Unrepresentable: An entry of the delta is beyond float32.
         DiskFull, NotPermitted, ResourceError: The operating system refuses.
     """
     highest, total_sq, kept_sq, error_sq = 1, 0.0, 0.0, 0.0

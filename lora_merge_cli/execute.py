@@ -13,6 +13,7 @@ from lora_merge_cli.ahead import Ahead, in_order
 from lora_merge_cli.blocks import Block, BlockReader
 from lora_merge_cli.compare import count_non_finite, equals_rounded
 from lora_merge_cli.errors import (
+    ConflictingAdapters,
     LoraMergeError,
     NonFiniteInput,
     NothingToMerge,
@@ -31,7 +32,7 @@ from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.operations.dora import Dora
 from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.reading import nbytes
-from lora_merge_cli.records import Array, KeyPath, display, first_names
+from lora_merge_cli.records import Array, KeyPath, Replacement, display, first_names
 from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import Moments
 
@@ -111,11 +112,14 @@ class Execution:
             NonFiniteInput: A factor holds NaN or Inf.
             NothingToMerge: Nothing would change: a factor of each site is zero, and no tensor is replaced.
             UnsupportedCheckpoint: Two leaves that the model ties differ.
+            ConflictingAdapters: A copy of the base's own values is none.
         """
         self.factors = check_factors(self._plan, self._inputs, self._factor_reader)
         self._refuse_silence()
         for one, other in self._plan.equal:
             self._refuse_unequal(one, other)
+        for copy in self._plan.copies:
+            self._refuse_other_copy(copy)
 
     def _refuse_silence(self) -> None:
         plan = self._plan
@@ -154,6 +158,18 @@ class Execution:
                 hint="save the model again, or set tie_word_embeddings in its config.json to what is true",
             )
 
+    def _refuse_other_copy(self, copy: Replacement) -> None:
+        theirs = self._inputs.source(copy.adapter)
+        before, brought = self._source.index().tensors[copy.target], theirs.index().tensors[copy.path]
+        pairs = side_by_side([(self._source, before), (theirs, brought)])
+        if not all(equals_rounded(one, other) and equals_rounded(other, one) for _, (one, other) in pairs):
+            raise ConflictingAdapters(
+                "several adapters bring the same tensor, and not as the base has it",
+                where=f"{theirs.path} :: {brought.name}",
+                expected=f"the values of {self._source.path} :: {before.name}",
+                hint="merge them one after the other",
+            )
+
     def leaves(self) -> Generator[Broadcast]:
         """Every output leaf, with its data produced as it is pulled.
 
@@ -187,7 +203,13 @@ class Execution:
             and not any(found.weight for found in self._plan.replacements)
             and len(delta_is_zero(moments)) == len(moments)
         ):
-            raise NothingToMerge("every delta is zero", where=self._source.path)
+            raise NothingToMerge(
+                "every delta is zero",
+                where=self._inputs.source(self._plan.sites[0].adapter).path,
+                hint=f"--combine {self._plan.combining.method} keeps nothing of them: raise --density"
+                if self._plan.combining.prunes
+                else "the adapter was never trained, or this is the wrong step",
+            )
 
     def _stored(self, step: Step) -> Stored | None:
         """What of the checkpoint the sinks take as it is."""

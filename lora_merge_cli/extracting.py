@@ -11,7 +11,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from lora_merge_cli.dialects.detached import TRAINED, Document, detached_config
 from lora_merge_cli.dialects.kernels import Kernel, torch_kernel, tree_kernel
 from lora_merge_cli.dialects.peft.written import (
     adapter_config,
+    bias_key,
     factor_key,
     refuse_fused,
     tied_head,
@@ -35,7 +36,7 @@ from lora_merge_cli.dialects.peft.written import (
 )
 from lora_merge_cli.dialects.torch_model import Plain
 from lora_merge_cli.dialects.torch_names import dotted
-from lora_merge_cli.dtypes import FLOAT32, is_float
+from lora_merge_cli.dtypes import FLOAT32, holds_all_values_of, is_float
 from lora_merge_cli.errors import (
     NothingToMerge,
     UnsupportedCheckpoint,
@@ -604,6 +605,7 @@ def _extract_dense(
         tuple(_trained_record(spec, reason) for spec, reason in shape.reasons.items()),
         dense.total - len(moved),
         frozen_checked=True,
+        warnings=shape.warnings,
         notes=shape.notes,
     )
     return dataclasses.replace(report, device=f"{device.device_kind} ({device.platform}:{device.id})")
@@ -621,6 +623,8 @@ class _Shape:
     """The leaves that are brought whole, and why."""
     config: Callable[[Mapping[KeyPath, AdapterSite], bool], dict[str, Any]]
     """``adapter_config.json``, from the sites, and from whether the others are brought."""
+    warnings: tuple[str, ...] = ()
+    """What should make a reader stop."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
 
@@ -631,6 +635,7 @@ def _tree_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> _Shap
     kernels = tuple(path for path in moved if path in dense.kernels)
     others = [dense.pairs[path].tuned for path in moved if path not in dense.kernels]
     still = [sides.tuned for path, sides in dense.pairs.items() if path not in set(moved)]
+    widened = [sides.tuned for sides in map(dense.pairs.__getitem__, kernels) if _is_widened(sides)]
 
     def config(sites: Mapping[KeyPath, AdapterSite], with_whole: bool) -> dict[str, Any]:
         brought = others if with_whole else []
@@ -638,7 +643,7 @@ def _tree_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> _Shap
             inputs.dialect,
             tuple(sites.values()),
             tuple(Replacement(spec.path, spec.path, TRAINED) for spec in brought),
-            _dtypes(inputs, [*still, *brought]),
+            _dtypes(inputs, [*still, *widened, *brought]),
             _base_record(inputs),
             len(others) - len(brought),
         )
@@ -658,11 +663,15 @@ def _peft_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> _Shap
     where = str(inputs.checkpoint.source.path)
     tensors = inputs.checkpoint.source.index().tensors
     config = inputs.base.config or {}
-    modules = whole_modules([path for path in moved if path not in dense.kernels], tensors, where)
+    riding = _biases(dense, moved)
+    modules = whole_modules(
+        [path for path in moved if path not in dense.kernels and path not in riding], tensors, where
+    )
     kernels = tuple(path for path in moved if path in dense.kernels and _module(path) not in modules)
+    biases = [dense.pairs[path].tuned for path in riding if _module(path) not in modules]
     if not kernels:
         raise NothingToMerge(
-            "no weight of a linear layer changed alone: there is nothing to make factors of, and PEFT's LoRA needs some",
+            "no weight of a linear layer changed that factors can be made of, and PEFT's LoRA needs some",
             where=where,
             found=f"{len(modules)} modules that changed otherwise: {first_names(modules, 3)}",
         )
@@ -673,27 +682,66 @@ def _peft_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> _Shap
             "a tensor of a module to bring whole that is not floating-point", where=f"{where} :: {odd[0].name}"
         )
     keys = [((whole_key(dotted(spec.path)),), spec) for spec in whole]
+    keys += [((bias_key(_module(spec.path)),), spec) for spec in biases]
     pair = tied_head([dotted(path) for path in tensors], modules, config)
     if pair is not None:
         shared = next(spec for spec in whole if _module(spec.path) == pair[0])
         keys.append(((whole_key(f"{pair[1]}.weight"),), shared))
         modules = [*modules, pair[1]]
     adapted = {_module(path) for path in dense.kernels}
-    reasons = {
-        spec: "another tensor of its module changed too, and PEFT brings a module whole or adapts its weight"
-        if _module(spec.path) in adapted
-        else "no weight of a linear layer"
-        for spec in whole
-    }
+    reasons = dict.fromkeys(biases, "the bias of a module with factors")
+    for spec in whole:
+        reasons[spec] = (
+            "of a linear layer of which something else changed: PEFT brings the whole module"
+            if _module(spec.path) in adapted
+            else "no weight of a linear layer"
+        )
     transposed = any(kernel.equation.target == "io" for kernel in dense.kernels.values())
 
     def written(sites: Mapping[KeyPath, AdapterSite], with_whole: bool) -> dict[str, Any]:
         ranks = {_module(path): site.parameters.rank for path, site in sites.items()}
         base = str(inputs.base.directory) if inputs.base is not None else ""
-        return adapter_config(ranks, modules if with_whole else (), config, base, transposed=transposed)
+        return adapter_config(
+            ranks,
+            modules if with_whole else (),
+            config,
+            base,
+            transposed=transposed,
+            biases=with_whole and bool(biases),
+        )
 
     notes = [f"modules that are brought whole: {first_names(sorted(modules), 3)}"] if modules else []
-    return _Shape(kernels, tuple(keys), reasons, written, tuple(notes))
+    brought = {*kernels, *(spec.path for spec in reasons)}
+    changed = [dense.pairs[path] for path in moved if path in brought]
+    return _Shape(kernels, tuple(keys), reasons, written, tuple(_rounding(changed)), tuple(notes))
+
+
+def _biases(dense: _Dense, moved: Sequence[KeyPath]) -> list[KeyPath]:
+    """The biases that moved with the weight of their own linear layer."""
+    adapted = {_module(path) for path in moved if path in dense.kernels}
+    return [
+        path
+        for path in moved
+        if _module(path) in adapted and dotted(path).endswith(".bias") and is_float(dense.pairs[path].tuned.dtype)
+    ]
+
+
+def _is_widened(sides: Sides) -> bool:
+    """Whether the fine-tune keeps a leaf in a dtype that tells more apart than the base's, which float32 holds."""
+    narrow, wide = sides.base.dtype, sides.tuned.dtype
+    return is_float(narrow) and not holds_all_values_of(narrow, wide) and not holds_all_values_of(narrow, FLOAT32)
+
+
+def _rounding(changed: Sequence[Sides]) -> Iterator[str]:
+    """What a merge would lose: PEFT's adapters do not say what leaves are to be stored in, so that it is the base's dtypes."""
+    widened = [sides for sides in changed if _is_widened(sides)]
+    if widened:
+        first = widened[0]
+        yield (
+            f"{len(widened)} leaves that the adapter changes are {first.tuned.dtype.name} in the fine-tune and "
+            f"{first.base.dtype.name} in the base, which a merge would round them to: merge with --dtype float32 for "
+            f"the errors that are said here ({first_names([sides.tuned.name for sides in widened], 3)})"
+        )
 
 
 def _module(path: KeyPath) -> str:

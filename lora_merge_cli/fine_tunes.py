@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lora_merge_cli.dialects import detect_dialect
+from lora_merge_cli.dialects import ScaleOptions, detect_dialect
 from lora_merge_cli.errors import UnknownFormat, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint, Source
 from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, tree_of
 from lora_merge_cli.joining.method import Joining
+from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.records import KeyPath
 
 Declared: TypeAlias = Mapping[KeyPath, np.dtype[Any]]
@@ -76,6 +77,22 @@ def joint_inputs(
     stored = {path: declared[0].get(path, spec.dtype) for path, spec in sources[0].index().tensors.items()}
     checkpoint = dataclasses.replace(inputs.checkpoint, source=joined(inputs, sources))
     return dataclasses.replace(inputs, checkpoint=checkpoint, declared=stored)
+
+
+def of_fine_tune(inputs: Inputs, options: MergeOptions) -> MergeOptions:
+    """What of an interpolation's options is for the adapters of one of several fine-tunes.
+
+    An adapter beside the base states its scales; what is said of them is for those inside checkpoints.
+    """
+    scales = ScaleOptions() if inputs.adapters else options.scales
+    return dataclasses.replace(options, scales=scales, dtype="auto", dtype_untouched="keep", mixing=None)
+
+
+def of_all(inputs: Inputs, options: MergeOptions) -> MergeOptions:
+    """What of them is left for the joint fine-tune, which has no adapters any more; all of them where no part had any."""
+    if not any(part.has_adapters for part in inputs.joined):
+        return options
+    return dataclasses.replace(options, scales=ScaleOptions(), multiplier=1.0, include=(), exclude=())
 
 
 def _open(base: Path, path: Path, step: int | None, dialect: str | None) -> Inputs:

@@ -17,6 +17,7 @@ from lora_merge_cli.blocks import Block, BlockReader
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.errors import WrongBase
 from lora_merge_cli.factors import FactorReader, check_factors
+from lora_merge_cli.fine_tunes import of_fine_tune
 from lora_merge_cli.formats.interface import Source, Stored
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.leaf_work import ChainedWork, FusedWork, LeafWork, cast
@@ -43,7 +44,7 @@ class FusedSource:
     """
 
     def __init__(self, inputs: Inputs, options: MergeOptions, device: Any) -> None:
-        plain = dataclasses.replace(options, dtype="auto", dtype_untouched="keep", mixing=None)
+        plain = of_fine_tune(inputs, options)
         self._inputs = inputs
         self._plan = plan_merge(inputs, dataclasses.replace(plain, dtype="float32"))
         self._factors = FactorReader(inputs)

@@ -183,6 +183,7 @@ def survey_inputs(inputs: Inputs, scales: ScaleOptions, *, residual_base: bool =
     ]
     if len(surveys) == 1:
         return surveys[0]
+    surveys, copies = _without_copies(surveys)
     problems = [problem for survey in surveys for problem in survey.problems]
     try:
         created = _joint_creations(surveys)
@@ -199,10 +200,31 @@ def survey_inputs(inputs: Inputs, scales: ScaleOptions, *, residual_base: bool =
         warnings=tuple(dict.fromkeys(warning for survey in surveys for warning in survey.warnings)),
         replacements=tuple(found for survey in surveys for found in survey.replacements),
         created=created,
+        copies=copies,
         equal=tuple(dict.fromkeys(pair for survey in surveys for pair in survey.equal)),
         config=config,
         dtypes=_joint_dtypes(surveys),
     )
+
+
+def _without_copies(surveys: Sequence[Survey]) -> tuple[list[Survey], tuple[Replacement, ...]]:
+    """The surveys without the copies of a leaf's own values that several adapters bring; and those copies."""
+    brought: dict[KeyPath, list[Replacement]] = {}
+    for survey in surveys:
+        for found in survey.replacements:
+            brought.setdefault(found.target, []).append(found)
+    copies = [each for rivals in brought.values() if len(rivals) > 1 for each in rivals if each.is_copy]
+
+    def without(survey: Survey) -> Survey:
+        gone = [found for found in survey.replacements if found in copies]
+        dropped = [
+            Dropped(found.path, "the base's own values, which other adapters bring too", found.adapter)
+            for found in gone
+        ]
+        kept = tuple(found for found in survey.replacements if found not in gone)
+        return dataclasses.replace(survey, replacements=kept, dropped=(*survey.dropped, *dropped))
+
+    return list(map(without, surveys)), tuple(copies)
 
 
 def _numbered(survey: Survey, number: int, weight: float) -> Survey:

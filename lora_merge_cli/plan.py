@@ -17,6 +17,7 @@ from lora_merge_cli.errors import (
     NothingToMerge,
     UnsupportedCheckpoint,
 )
+from lora_merge_cli.fine_tunes import of_all
 from lora_merge_cli.inputs import Inputs, survey_inputs, tree_of
 from lora_merge_cli.mixing import Mixing
 from lora_merge_cli.operations import cut, is_row_operation
@@ -38,6 +39,7 @@ from lora_merge_cli.records import (
 )
 from lora_merge_cli.selection import Selection, select
 
+_RESCALING = "dora"
 _BLOCK_BYTES = 8 * 2**20
 _CHUNK_BYTES = 128 * 2**20
 _BLOCKS_IN_FLIGHT = 12  # read ahead, on the device, and on their way to storage
@@ -123,6 +125,8 @@ class MergePlan:
     """The factors of `sites`, by the adapter's number and path."""
     equal: tuple[tuple[KeyPath, KeyPath], ...]
     """Pairs of the checkpoint's leaves that must hold the same bits."""
+    copies: tuple[Replacement, ...]
+    """What adapters hold of the checkpoint's own values, and must be that."""
     config: Mapping[str, Any]
     """What changes in the model's configuration; see `Survey.config`."""
     multiplier: float
@@ -153,6 +157,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         Refused: The merge would be wrong or pointless; see its subclasses.
     """
     check_options(options)
+    options = of_all(inputs, options)
     checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
     survey = survey_inputs(inputs, options.scales, residual_base=options.residual_base)
@@ -183,6 +188,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         dropped=found.dropped,
         factors=factors,
         equal=survey.equal,
+        copies=survey.copies,
         config={**config_changes(inputs, survey, selection), **found.config},
         multiplier=options.multiplier,
         serving_dtype=dialect.serving_dtype,
@@ -220,6 +226,16 @@ def _notes(inputs: Inputs, survey: Survey, selection: Selection, options: MergeO
         )
     if inputs.base is not None and options.mixing is None:
         yield "with --base each delta is added to the base's own values, not to the rounded kernel that the fine-tune ran on"
+    kernels: dict[KeyPath, list[str]] = {}
+    for site in selection.sites:
+        if not is_row_operation(site.operation):
+            kernels.setdefault(site.targets[0], []).append(site.operation)
+    # The first to come rescales nothing but the base.
+    ordered = sum(_RESCALING in operations[1:] for operations in kernels.values())
+    if ordered:
+        yield (
+            f"the order of the adapters counts: on {ordered} kernels DoRA rescales what the adapters before it made, as peft merges them"
+        )
 
 
 def refuse_unscaled(inputs: Inputs, sites: Sequence[AdapterSite]) -> None:

@@ -168,7 +168,7 @@ def joining_record(joining: Joining | None) -> JoiningRecord | None:
         method=joining.method,
         weights=joining.effective,
         density=joining.density,
-        seed=joining.seed if joining.method == "dare-ties" else None,
+        seed=joining.seed if joining.draws else None,
         sequential=joining.sequential,
     )
 
@@ -179,7 +179,7 @@ def joining_notes(joining: Joining | None) -> Sequence[str]:
         return []
     said = [f"weights {', '.join(f'{weight:g}' for weight in joining.effective)}"]
     said += [f"density {joining.density:g}"] if joining.density is not None else []
-    said += [f"seed {joining.seed}"] if joining.method == "dare-ties" else []
+    said += [f"seed {joining.seed}"] if joining.draws else []
     said += ["each from the one before it"] if joining.sequential else []
     count = len(joining.weights)
     return [f"{count} fine-tune{'s'[: count - 1]} joined by {joining.method}: {'; '.join(said)}"]

@@ -218,6 +218,8 @@ class Replacement:
     """Which of the adapters beside the checkpoint holds it, from 0."""
     weight: float = 1.0
     """What the change from the leaf's own values is multiplied by."""
+    is_copy: bool = False
+    """Whether it should be the leaf's own values: the copy that lies under factors in the adapter's file."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,8 @@ class Survey:
     """What the adapter brings whole."""
     created: tuple[Created, ...] = ()
     """Leaves that the output has besides the checkpoint's, for example a head that is no longer tied."""
+    copies: tuple[Replacement, ...] = ()
+    """What several adapters bring of one leaf and nobody needs, if it is what it should be: that leaf's own values."""
     equal: tuple[tuple[KeyPath, KeyPath], ...] = ()
     """Pairs of leaves whose values must be the same, bit for bit, for the merge to be right."""
     config: Mapping[str, Any] = field(default_factory=dict)

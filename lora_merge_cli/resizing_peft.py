@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lora_merge_cli.dialects import ScaleOptions, Tree
 from lora_merge_cli.dialects.interface import AdapterDialect
 from lora_merge_cli.dialects.peft.config import LORA, AdapterConfig, read_config
 from lora_merge_cli.dialects.peft.keys import Layer, read_keys
-from lora_merge_cli.dialects.peft.patterns import rank_of, scale_of
+from lora_merge_cli.dialects.peft.patterns import patterns_of, rank_of, scale_of
 from lora_merge_cli.dialects.peft.sites import pattern_name
 from lora_merge_cli.errors import ShapeMismatch, UnknownScale, UnsupportedCheckpoint
 from lora_merge_cli.formats.interface import Checkpoint
@@ -250,8 +249,8 @@ def _new_config(tree: Tree, modules: Sequence[_Module], ranks: Mapping[str, int]
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
-        "rank_pattern": _patterns(ranks, rank),
-        "alpha_pattern": _patterns(alphas, rank),
+        "rank_pattern": patterns_of(ranks, rank),
+        "alpha_pattern": patterns_of(alphas, rank),
     }
     if isinstance(raw.get("init_lora_weights"), str):
         # Factors of another rank are no result of it, and some refuse odd ranks when the adapter is loaded.
@@ -264,18 +263,6 @@ def _new_config(tree: Tree, modules: Sequence[_Module], ranks: Mapping[str, int]
         assert config is not None and rank_of(config, module.name) == new, "each module has its own rank"
         assert said is not None and math.isclose(said, scale, rel_tol=1e-12), "each module has its own scale"
     return document
-
-
-def _patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
-    """The values that are not the default, each by a regular expression that fits no module of another value."""
-    found = {}
-    for name, value in values.items():
-        if value == default:
-            continue
-        # A pattern fits every module that ends with it.
-        clash = any(other.endswith(f".{name}") and rival != value for other, rival in values.items())
-        found[f"{'^' if clash else ''}{re.escape(name)}"] = value
-    return dict(sorted(found.items()))
 
 
 def _number(value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -298,13 +299,20 @@ def test_what_is_no_weight_of_a_linear_layer_is_brought_whole(tmp_path: Path) ->
     tuned, base, start, end = llama_pair(tmp_path, rank=2)
     moved = {"model.norm.weight", "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"}
     end |= {name: end[name] + np.float32(0.5) for name in moved}
-    q = "model.layers.0.self_attn.q_proj"
+    both, alone, third = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+    end[f"{alone}.weight"] = start[f"{alone}.weight"]
     for tensors, place in ((start, base), (end, tuned)):
-        tensors[f"{q}.bias"] = np.full(8, 1.0 if place == base else 2.0, np.float32)
+        extra = [f"{module}.bias" for module in (both, alone, third)] + [f"{third}.scale"]
+        tensors |= {name: np.full(8, 1.0 if place == base else 2.0, np.float32) for name in extra}
         save_file(tensors, place / "model.safetensors")
     report = extracted(tuned, base, tmp_path / "a", "--rank", 2)
-    assert {leaf["path"] for leaf in report["trained"]} == moved | {f"{q}.weight", f"{q}.bias"}
-    assert f"{q}.weight" not in {site["target"] for site in report["sites"]}
+    whole = moved | {f"{alone}.weight", f"{alone}.bias"} | {f"{third}.{leaf}" for leaf in ("weight", "bias", "scale")}
+    assert {leaf["path"] for leaf in report["trained"]} == whole | {f"{both}.bias"}
+    sites = {site["target"] for site in report["sites"]}
+    assert f"{both}.weight" in sites and not sites & whole
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["bias"] == "lora_only"
+    assert set(config["modules_to_save"]) == {name.rpartition(".")[0] for name in whole}
     done = run("merge", base, "--adapter", tmp_path / "a", "-o", tmp_path / "m")
     assert done.code == 0, done.stderr
     got = read_model(tmp_path / "m")
@@ -312,9 +320,115 @@ def test_what_is_no_weight_of_a_linear_layer_is_brought_whole(tmp_path: Path) ->
     assert all(np.allclose(got[name], end[name], atol=3e-6) for name in end)
     assert all(same_bits(got[leaf["path"]], end[leaf["path"]]) for leaf in report["trained"])
     report = extracted(tuned, base, tmp_path / "b", "--rank", 2, "--without-trained")
-    assert (
-        report["warnings"] and not json.loads((tmp_path / "b" / "adapter_config.json").read_text())["modules_to_save"]
-    )
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert report["warnings"] and not config["modules_to_save"] and config["bias"] == "none"
+    assert not [key for key in load_file(tmp_path / "b" / "adapter_model.safetensors") if "lora_" not in key]
+
+
+def test_ranks_of_modules_that_are_called_as_others_end(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    ranks = {"a": 1, "b.a": 3, "c.b.a": 2, "d": 1, "c.d": 1}
+    start = {f"{module}.weight": rng.normal(0, 1, (12, 9)).astype(np.float32) for module in ranks}
+    end = {f"{module}.weight": start[f"{module}.weight"] + low_rank(rng, 12, 9, rank) for module, rank in ranks.items()}
+    tuned, base = write_model(tmp_path / "t", end), write_model(tmp_path / "b", start)
+    report = extracted(tuned, base, tmp_path / "a", "--energy", 0.999999)
+    assert {site["target"].removesuffix(".weight"): site["rank"] for site in report["sites"]} == ranks
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for module, rank in ranks.items():
+        # As peft looks a module's rank up, in peft/utils/other.py: get_pattern_key.
+        fits = [value for key, value in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", module)]
+        assert (fits or [config["r"]])[0] == rank, module
+    done = run("merge", base, "--adapter", tmp_path / "a", "-o", tmp_path / "m")
+    assert done.code == 0, done.stderr
+    for name, values in read_model(tmp_path / "m").items():
+        assert np.allclose(values, end[name], atol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_fine_tune_that_is_wider_than_its_base(rank: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(10)
+    start = llama_tensors(rng, dtype=BFLOAT16)
+    end = {name: values.astype(np.float32) for name, values in start.items()}
+    end |= {name: values + low_rank(rng, *values.shape, 8, 0.02) for name, values in end.items() if "_proj" in name}
+    end["model.norm.weight"] = end["model.norm.weight"] * np.float32(1.0003)
+    tuned, base = write_model(tmp_path / "t", end), write_model(tmp_path / "b", start)
+    report = extracted(tuned, base, tmp_path / "a", "--rank", rank)
+    kernels = [site["target"] for site in report["sites"]]
+    (warning,) = report["warnings"]
+    assert f"{len(kernels) + 1} leaves" in warning and "--dtype float32" in warning
+    assert "float32 in the fine-tune and bfloat16 in the base" in warning
+
+    def errors(output: Path, *flags: object) -> dict[str, float]:
+        done = run("merge", base, "--adapter", tmp_path / "a", "-o", output, *flags)
+        assert done.code == 0, done.stderr
+        got = {name: values.astype(np.float64) for name, values in read_model(output).items()}
+        assert np.array_equal(got["model.norm.weight"], end["model.norm.weight"]) == bool(flags)
+        deltas = {name: end[name].astype(np.float64) - start[name].astype(np.float64) for name in kernels}
+        return {name: float(np.linalg.norm(got[name] - end[name]) / np.linalg.norm(deltas[name])) for name in kernels}
+
+    wide, narrow = errors(tmp_path / "m", "--dtype", "float32"), errors(tmp_path / "n")
+    for site in report["sites"]:
+        said = site["relative_error"]
+        # What float32 itself rounds, of weights some hundred times the deltas, is not the factors' own.
+        assert wide[site["target"]] == pytest.approx(said, rel=1e-3, abs=3e-5)
+        assert narrow[site["target"]] > said + 1e-2 or rank == 2
+    assert max(narrow.values()) > 0.03
+
+
+def test_a_fine_tune_that_is_no_wider_needs_no_warning(tmp_path: Path) -> None:
+    rng = np.random.default_rng(11)
+    start = llama_tensors(rng)
+    end = {
+        name: (values + low_rank(rng, *values.shape, 2) if "_proj" in name else values)
+        for name, values in start.items()
+    }
+    tuned = write_model(tmp_path / "t", {name: values.astype(BFLOAT16) for name, values in end.items()})
+    for base in (start, {name: values.astype(BFLOAT16) for name, values in start.items()}):
+        place = write_model(tmp_path / str(base["model.norm.weight"].dtype), base)
+        assert not extracted(tuned, place, tmp_path / f"a{place.name}", "--rank", 8)["warnings"]
+
+
+def test_a_wider_tree_comes_back_in_its_own_dtypes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    path = ("PaliGemma", "img", "head", "kernel")
+    start = {
+        path: rng.normal(0, 1, (9, 6)).astype(BFLOAT16),
+        (*path[:-1], "bias"): rng.normal(0, 1, 6).astype(BFLOAT16),
+    }
+    end = {name: values.astype(np.float32) for name, values in start.items()}
+    end[path] = end[path] + low_rank(rng, 9, 6, 2, 0.02)
+    tuned = save_step(tmp_path / "run" / "7", nest(end))
+    base = save_step(tmp_path / "base" / "0", nest(start, suffix=()))
+    report = extracted(tuned, base, tmp_path / "a", "--rank", 2)
+    assert [site["rank"] for site in report["sites"]] == [2] and not report["warnings"]
+    got = merged(tmp_path / "n", base, "--adapter", tmp_path / "a")
+    assert {name: values.dtype for name, values in got.items()} == dict.fromkeys(end, np.float32)
+    assert np.linalg.norm(got[path] - end[path]) < 1e-4 * np.linalg.norm(end[path] - start[path].astype(np.float32))
+    judged = run("verify", tmp_path / "n", "--against", base, "--adapter", tmp_path / "a")
+    assert judged.code == 0, judged.stdout
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_differences_beyond_float32_are_refused_by_name(dtype: Any, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    sides = [write_model(tmp_path / f"{n}", {name: np.full((8, 6), n * 3e38, dtype)}) for n in (1, -1)]
+    done = run("extract", sides[0], "--base", sides[1], "--rank", 2, "-o", tmp_path / "a")
+    assert done.code == 4 and f"{sides[0]} :: {name}" in done.error, done.error
+    assert "48 entries" in done.error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", ["tuned", "base"])
+def test_values_that_are_not_finite_are_refused_by_name(side: str, value: float, tmp_path: Path) -> None:
+    tuned, base, start, end = llama_pair(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors, place = (end, tuned) if side == "tuned" else (start, base)
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 2] = value
+    save_file(tensors, place / "model.safetensors")
+    done = run("extract", tuned, "--base", base, "--rank", 2, "-o", tmp_path / "a")
+    assert done.code == 3 and f"{place} :: {name}" in done.error, done.error
+    assert not (tmp_path / "a").exists()
 
 
 def test_refusals_of_two_dense_checkpoints(tmp_path: Path) -> None:
@@ -440,13 +554,16 @@ def test_peft_computes_what_the_fine_tune_computes(kind: str, tmp_path: Path) ->
                     * torch.randn(p.shape[0], rank, generator=generator)
                     @ torch.randn(rank, p.shape[1], generator=generator)
                 )
-            elif any(word in name for word in ("norm.weight", "ln_1", "down_proj.bias")) or (
+            elif any(word in name for word in ("norm.weight", "ln_1", "_proj.bias", "c_attn.bias", "c_fc.bias")) or (
                 kind == "tied" and "embed" in name
             ):
                 p.add_(0.1)
     tuned = cases.save_base(moved, tmp_path / "tuned")
     report = extracted(tuned, base, tmp_path / "a", "--energy", 0.9999999)
     assert {site["rank"] for site in report["sites"]} == {2, 3} and report["trained"]
+    assert len(report["sites"]) == (8 if kind == "gpt2" else 13)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["bias"] == "lora_only" and not any("q_proj" in name for name in config["modules_to_save"])
     adapted = cases.with_adapter(base, tmp_path / "a")
     want = cases.logits(cases.reloaded(tuned))
     cases.assert_near(cases.logits(adapted), want, "logits", 2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -399,18 +400,36 @@ def test_shared_leaves_stay_shared_where_all_say_so() -> None:
     assert not loose.index().shared
 
 
-def test_stored_bytes_are_only_for_leaves_as_they_are() -> None:
-    base, (first, _) = given(2)
-    assert joint({LEAF: base}, [{LEAF: base}] * 2, some("linear")).stored(LEAF) is not None
-    frozen = [{LEAF: base.astype(BFLOAT16)}, {LEAF: base}]
-    assert joint({LEAF: base}, frozen, some("linear")).stored(LEAF) is None
-    assert joint({LEAF: base}, [{LEAF: first}] * 2, some("slerp")).stored(LEAF) is not None
-    assert joint({LEAF: base}, [{LEAF: first}] * 2, some("linear")).stored(LEAF) is None
-    # A float32 fine-tune of a float64 base that did not move: the base's values are finer than its bytes.
+def test_stored_bytes_are_those_of_the_values() -> None:
+    base, (first, second) = given(2)
     wide = base.astype(np.float64) * (1 + 2.0**-40)
-    narrow = joint({LEAF: wide}, [{LEAF: wide.astype(np.float32)}] * 2, some("linear"))
-    assert narrow.stored(LEAF) is None
-    assert whole(narrow).tobytes() == wide.tobytes()
+    narrow = wide.astype(np.float32)
+    weighted = dataclasses.replace(some("task-arithmetic"), weights=(0.0, 0.0), stated=True)
+    for source, expected in (
+        (joint({LEAF: base}, [{LEAF: base}] * 2, some("linear")), base),
+        # Fine-tunes that did not move, in coarser dtypes; and one whose weight is 0.
+        (joint({LEAF: base}, [{LEAF: base.astype(BFLOAT16)}, {LEAF: base}], some("linear")), base),
+        (joint({LEAF: wide}, [{LEAF: narrow}] * 2, some("linear")), wide),
+        (joint({LEAF: base}, [{LEAF: first}, {LEAF: second}], weighted), base),
+        (joint({LEAF: base}, [{LEAF: first}] * 2, some("slerp")), first),
+    ):
+        stored = source.stored(LEAF)
+        assert stored is not None
+        assert b"".join(bytes(value) for _, value in stored.values) == expected.tobytes() == whole(source).tobytes()
+    assert joint({LEAF: base}, [{LEAF: first}, {LEAF: second}], some("linear")).stored(LEAF) is None
+
+
+def test_ends_are_exact() -> None:
+    """Where one fine-tune alone counts, the arithmetic has no say: not even far from the base, where differences lose digits."""
+    base, (first, second) = given(2)
+    far = first + np.float32(1000)
+    one = joint({LEAF: base}, [{LEAF: far}], Joining("task-arithmetic", (1.0,)))
+    ties = joint({LEAF: base}, [{LEAF: far}], Joining("ties", (0.3,), stated=True, density=1.0))
+    chain = dataclasses.replace(some("task-arithmetic"), sequential=True)
+    last = joint({LEAF: base}, [{LEAF: far}, {LEAF: second}], chain)
+    turned = joint({LEAF: base}, [{LEAF: far}, {LEAF: second}], Joining("slerp", (0.0, 1.0), stated=True))
+    for source, expected in ((one, far), (ties, far), (last, second), (turned, second)):
+        assert whole(source).tobytes() == expected.tobytes()
 
 
 def test_the_fingerprint_is_of_all() -> None:

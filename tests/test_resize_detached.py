@@ -76,14 +76,14 @@ def deltas(adapter: Path) -> dict[str, Array]:
 
 
 def matrices(delta: Array, batch: int) -> Array:
-    return np.asarray(delta.reshape(math.prod(delta.shape[:batch]), -1, delta.shape[-1]))
+    return delta.reshape(math.prod(delta.shape[:batch]), -1, delta.shape[-1])
 
 
 def truncated(delta: Array, batch: int, rank: int) -> Array:
     """The best approximation of each matrix."""
     u, s, vt = np.linalg.svd(matrices(delta, batch), full_matrices=False)
     best = (u[..., :rank] * s[:, None, :rank]) @ vt[:, :rank]
-    return best.reshape(delta.shape)
+    return np.asarray(best.reshape(delta.shape))
 
 
 def least_rank(delta: Array, batch: int, energy: float) -> int:
@@ -493,7 +493,7 @@ REFUSED: dict[str, tuple[Change, int, str]] = {
     "another extent": (tensor_set("lora_b", lambda b: b[:1]), 4, "do not fit"),
     "an axis less": (tensor_set("lora_b", lambda b: b[0]), 4, "do not fit"),
     "no entries": (tensor_set("lora_b", lambda b: b[..., :0]), 4, "do not fit"),
-    "a dim that only lora_a has": (site_set("equation", value="lxr,lmrd->lmd"), 4, "do not fit"),
+    "a dim that only lora_a has": (site_set("equation", value="lxr,lmrd->lmd"), 3, "no equation"),
     "integers": (tensor_set("lora_a", lambda a: a.astype(np.int8)), 4, "not floating-point"),
     "a part of a tensor": (site_set("factors", "lora_a", "at", value=[[0, 2]]), 4, "parts of tensors"),
     "another shape of it": (site_set("factors", "lora_a", "shape", value=[2, 2, 3, 4]), 4, "parts of tensors"),

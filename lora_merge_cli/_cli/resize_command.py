@@ -37,7 +37,11 @@ class FactorDtype(enum.StrEnum):
 def resize(
     adapter: Annotated[
         Path,
-        typer.Argument(metavar="ADAPTER", help="A PEFT adapter's directory: LoRA, rsLoRA or DoRA.", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER",
+            help="An adapter's directory: PEFT's LoRA, rsLoRA or DoRA, or what extract wrote.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         Path | None,

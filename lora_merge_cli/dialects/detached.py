@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ TRAINED = "trained in full"
 _MODELS: Mapping[str, Dialect] = {dialect.name: dialect for dialect in (OpenPI(), Nnx(), Plain())}
 _OPERATIONS = frozenset({"add_delta"})
 _FACTORS = frozenset({"lora_a", "lora_b"})
+_STEP = re.compile(r"([a-z]+),([a-z]+)->([a-z]+)")
 
 
 @dataclass(frozen=True)
@@ -396,12 +398,13 @@ def _site(item: Mapping[str, Any]) -> AdapterSite:
     if not math.isfinite(value):
         raise ValueError(f"{value!r} is no scale")
     scale = Scale(value, _text(item["scale"]["source"]), bool(item["scale"]["assumed"]))
+    equation = _equation(item["equation"])
     return AdapterSite(
         targets=(_path(item["target"]),),
         operation=_text(item["operation"]),
         factors=factors,
-        parameters=LowRank(_count(item["rank"]), scale, _equation(item["equation"])),
-        forward=Forward(*(_text(item["forward"][name]) for name in ("base", "down", "up"))),
+        parameters=LowRank(_count(item["rank"]), scale, equation),
+        forward=_forward(item["forward"], equation),
         group=_text(item["group"]),
         module=_text(item["module"]),
         label=_text(item["label"]),
@@ -411,10 +414,29 @@ def _site(item: Mapping[str, Any]) -> AdapterSite:
 def _equation(text: Any) -> Equation:
     equation = Equation(_text(text))
     dims = (equation.a, equation.b, equation.target)
-    known = set(equation.batch + equation.inputs + equation.outputs)
-    if any(len(set(each)) < len(each) for each in dims) or len(equation.rank) != 1 or set(equation.target) != known:
+    batch, inputs, outputs = equation.batch, equation.inputs, equation.outputs
+    known = (
+        equation.target in (batch + inputs + outputs, batch + outputs + inputs)
+        and set(equation.a) == set(batch + inputs + equation.rank)
+        and set(equation.b) == set(batch + outputs + equation.rank + equation.summed)
+    )
+    if any(len(set(each)) < len(each) for each in dims) or len(equation.rank) != 1 or not known:
         raise ValueError(f"{text!r} is no equation of two factors")
     return equation
+
+
+def _forward(item: Mapping[str, Any], equation: Equation) -> Forward:
+    """The steps of one layer, which a judge runs: each takes what the one before gives, and a kernel or factor of the equation."""
+    forward = Forward(*(_text(item[name]) for name in ("base", "down", "up")))
+    layer = equation.of_one_layer
+    steps = [_STEP.fullmatch(text) for text in (forward.base, forward.down, forward.up)]
+    if None in steps:
+        raise ValueError(f"{forward} are no einsums of two operands")
+    (x, kernel, y), (also_x, a, t), (also_t, b, also_y) = (step.groups() for step in steps if step is not None)
+    fits = (x, t, y) == (also_x, also_t, also_y) and set(kernel) == set(layer.target) and set(a) == set(layer.a)
+    if not fits or len(b) != len(layer.b) or any(len(set(part)) < len(part) for part in (x, kernel, y, t, b)):
+        raise ValueError(f"{forward} is not what a layer of {equation} computes")
+    return forward
 
 
 def _factor(item: Mapping[str, Any]) -> Factor:

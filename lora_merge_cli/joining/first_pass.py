@@ -64,10 +64,10 @@ def recipe_of(leaves: Sequence[Leaf], joining: Joining, name: str, pool: Executo
     if found.gram is not None:
         if not np.isfinite(found.gram).all():
             raise Unrepresentable("a norm is beyond float64", where=_where(leaves[0]))
-        return _turned(found.gram, found.origins, joining)
+        return _turned(found.gram, found.origins, joining).simplest
     weights = joining.effective
     if joining.method in ("linear", "task-arithmetic"):
-        return linear(weights, found.origins, sequential=joining.sequential)
+        return linear(weights, found.origins, sequential=joining.sequential).simplest
     assert joining.density is not None, "the other methods have a density"
     terms = around_base(weights, found.origins, sequential=joining.sequential)
     if joining.method == "dare-ties":

@@ -99,6 +99,11 @@ class Joining:
         return self.is_spherical or self.method == "model-stock"
 
     @property
+    def draws(self) -> bool:
+        """Whether it keeps entries at random."""
+        return self.method == "dare-ties"
+
+    @property
     def trims(self) -> bool:
         """Whether it keeps the largest entries of whole leaves."""
         return self.method == "ties" and self.density != 1

@@ -72,6 +72,18 @@ class Recipe:
         return tuple(sorted({self.anchor, *(number for term in self.terms for number in (term.plus, term.minus))}))
 
     @property
+    def simplest(self) -> Recipe:
+        """The same, as one tensor alone where the factors of all others cancel: its values are exact then."""
+        if self.election is not None or any(term.kept is not None for term in self.terms):
+            return self
+        factors = {self.anchor: self.scale}
+        for term in self.terms:
+            factors[term.plus] = factors.get(term.plus, 0.0) + term.weight
+            factors[term.minus] = factors.get(term.minus, 0.0) - term.weight
+        left = {number: factor for number, factor in factors.items() if factor}
+        return Recipe(next(iter(left))) if list(left.values()) == [1.0] else self
+
+    @property
     def is_verbatim(self) -> bool:
         """Whether the leaf is the anchor's, to the bit."""
         return not self.terms and self.scale == 1

@@ -148,15 +148,10 @@ class JoinedSource:
         return self._made(joint, recipe, region, values)
 
     def stored(self, path: KeyPath) -> Stored | None:
-        """The first fine-tune's stored bytes where they are the joint leaf's, else None; see `scan` for what it raises."""
+        """An input's stored bytes where they are the joint leaf's, else None; see `scan` for what it raises."""
         joint, recipe = self._joint(path), self._recipe(path, None)
-        source, spec = joint.leaves[-len(self._tuned)]
-        if not recipe.is_verbatim or spec.dtype != joint.spec.dtype:
-            return None
-        anchor = joint.leaves[recipe.anchor]
-        # A fine-tune that did not move has the base's very bits if its dtype is the base's.
-        is_own = anchor == (source, spec) or anchor[1].dtype == spec.dtype
-        return source.stored(spec.path) if is_own else None
+        source, spec = joint.leaves[recipe.anchor]
+        return source.stored(spec.path) if recipe.is_verbatim and spec.dtype == joint.spec.dtype else None
 
     def fingerprint(self) -> str:
         """A digest of all inputs' digests and of how they are joined."""
@@ -204,7 +199,7 @@ class JoinedSource:
                 f"a joint tensor is beyond {spec.dtype.name}",
                 where=f"{self.path} :: {spec.name}",
                 found=f"{bad} of {result.size} entries NaN or Inf",
-                hint="take smaller weights",
+                hint=None if self._joining.is_spherical else "take smaller weights",
             )
         return result.reshape(region_shape(region))
 

@@ -44,6 +44,9 @@ def ties(terms: tuple[Term, ...], size: int, density: float, sizes: Sizes) -> Re
         density: The share to keep.
         sizes: Reads the bits of the differences' sizes, in the order of `terms`. Asked up to three times, at density 1 never.
     """
+    if density == 1 and len(terms) == 1:
+        # Its weight cancels, and so does the base.
+        return Recipe(0, (dataclasses.replace(terms[0], weight=1.0),)).simplest
     if density < 1 and terms:
         trims = find_trims(len(terms), max(1, int(density * size)), size, sizes)
         terms = tuple(dataclasses.replace(term, kept=trim) for term, trim in zip(terms, trims, strict=True))

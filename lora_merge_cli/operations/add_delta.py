@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from lora_merge_cli.dtypes import FLOAT32
+from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.operations.interface import Contribution
 from lora_merge_cli.records import AdapterSite, Array
 
@@ -29,8 +31,24 @@ class AddDelta:
         norms: Array | None,  # noqa: ARG002  (others need them)
     ) -> Contribution:
         """See `LowRankOperation.contribute`."""
-        a, b = scaled_factors(site, factors, weight)
-        return Contribution(a.astype(FLOAT32), b.astype(FLOAT32))
+        return Contribution(*map(partial(in_float32, site), scaled_factors(site, factors, weight)))
+
+
+def in_float32(site: AdapterSite, values: Array) -> Array:
+    """A factor with its scale, rounded once.
+
+    Raises:
+        NonFiniteInput: It is beyond float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = values.astype(FLOAT32)
+    if not np.isfinite(result).all():
+        raise NonFiniteInput(
+            "a factor with its scale is beyond float32",
+            where=site.name,
+            hint="the training diverged: take an earlier step",
+        )
+    return result
 
 
 def scaled_factors(site: AdapterSite, factors: Mapping[str, Array], weight: float) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""A kernel being changed row by row, by adapters not all of which are low-rank products."""
+"""A kernel being changed by adapters not all of which are low-rank products: row by row."""
 
 from __future__ import annotations
 
@@ -31,24 +31,30 @@ class RowSite:
 
 
 class Chain:
-    """What the sites of one kernel make of it, one after the other.
+    """What the sites of one kernel W make of it: ``X + sum of weight * change_k(W)``, X being what the low-rank ones make of W.
 
-    By-row operations are taken from the unmerged kernel W, so that the result is ``X_k = X_(k-1) + weight * change_k(W)``;
-    low-rank ones as in `sequence.in_sequence`.
+    Those follow one another, see `sequence.in_sequence`; what the others change is that of the unmerged kernel, and nothing
+    rescales it.
 
     Law: an entry's result depends on its row of the kernel, the sites and the dtypes alone.
 
     Args:
         equation: Which dims are inputs and outputs: that of any of its sites.
         shape: The kernel's shape.
-        parts: The sites in their order.
+        low_rank: What all low-rank sites make of it in their order; None if there are none.
+        by_row: The others.
         device: The JAX device to compute on.
     """
 
     def __init__(
-        self, equation: Equation, shape: Sequence[int], parts: Sequence[RowSite | Contribution], device: Any
+        self,
+        equation: Equation,
+        shape: Sequence[int],
+        low_rank: Contribution | None,
+        by_row: Sequence[RowSite],
+        device: Any,
     ) -> None:
-        self._cut, self._parts, self._device = cut(equation, shape), parts, device
+        self._cut, self._low_rank, self._by_row, self._device = cut(equation, shape), low_rank, by_row, device
 
     def apply(self, region: Region, kernel: Array) -> Array:
         """What becomes of one block; keeps nothing, so any thread may.
@@ -62,14 +68,13 @@ class Chain:
         """
         first, rows = self._rows(region, kernel)
         result = rows.astype(FLOAT32)
-        for part in self._parts:
-            if isinstance(part, Contribution):
-                result = apply_contribution(result, part, first, self._device)
-            else:
-                settings = part.site.settings
-                result = result + row_change(
-                    part.operation, settings, rows, part.operands, first, part.weight, self._device
-                )
+        if self._low_rank is not None:
+            result = apply_contribution(result, self._low_rank, first, self._device)
+        for part in self._by_row:
+            settings = part.site.settings
+            result = result + row_change(
+                part.operation, settings, rows, part.operands, first, part.weight, self._device
+            )
         return np.ascontiguousarray(result if self._cut.outputs_first else result.T).reshape(kernel.shape)
 
     def _rows(self, region: Region, kernel: Array) -> tuple[int, Array]:

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.errors import NonFiniteInput
-from lora_merge_cli.operations.add_delta import scaled_factors
+from lora_merge_cli.operations.add_delta import in_float32, scaled_factors
 from lora_merge_cli.operations.interface import Contribution
 from lora_merge_cli.records import AdapterSite, Array
 
@@ -41,4 +40,5 @@ class Dora:
             )
         a, b = scaled_factors(site, factors, weight)
         batch = len(site.parameters.equation.batch)
-        return Contribution(a.astype(FLOAT32), (b * np.expand_dims(gain, batch)).astype(FLOAT32), weight * (gain - 1.0))
+        factors_with_gain = in_float32(site, a), in_float32(site, b * np.expand_dims(gain, batch))
+        return Contribution(*factors_with_gain, weight * (gain - 1.0))

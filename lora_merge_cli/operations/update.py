@@ -114,10 +114,14 @@ class KernelUpdate:
                 f"the merged kernel overflows {self._dtype.name}",
                 where=self._where,
                 found=f"a result beyond its range in {_spell(region)}",
-                hint="use --dtype float32 or bfloat16",
+                hint="use --dtype float32 or bfloat16"
+                if self._dtype.itemsize < FLOAT32.itemsize and self._dtype.name != "bfloat16"
+                else "see that the adapter is one of this base, and did not diverge",
             )
-        self._moments.add(self._sums(fused, rows))
-        self._project(first, rows, fused)
+        # Figures of what overflows are not finite, and said to be so.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._moments.add(self._sums(fused, rows))
+            self._project(first, rows, fused)
         return np.asarray(values).reshape([part.stop - part.start for part in region])
 
     def finish(self) -> Moments:

@@ -13,6 +13,7 @@ from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
 from lora_merge_cli.combining import refuse_uncombinable
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from lora_merge_cli.fine_tunes import of_all
 from lora_merge_cli.inputs import Inputs, survey_inputs
 from lora_merge_cli.options import DTYPE_CHOICES, MergeOptions, check_options
 from lora_merge_cli.outline import outline
@@ -84,6 +85,7 @@ def expect(
         Refused: The inputs cannot be merged so, or the base is of another model.
     """
     check_options(options, (ANY_DTYPE, *DTYPE_CHOICES))
+    options = of_all(inputs, options)
     dialect = inputs.dialect
     where = str(inputs.checkpoint.source.path)
     survey = survey_inputs(inputs, options.scales, residual_base=options.residual_base)

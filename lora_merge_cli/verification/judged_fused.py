@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 
 from lora_merge_cli.dtypes import FLOAT32, is_float, ulp
 from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.fine_tunes import of_fine_tune
 from lora_merge_cli.formats.interface import Source, Stored
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.options import MergeOptions
@@ -52,7 +52,7 @@ class JudgedFused:
     """
 
     def __init__(self, inputs: Inputs, options: MergeOptions) -> None:
-        plain = dataclasses.replace(options, dtype="auto", dtype_untouched="keep", mixing=None)
+        plain = of_fine_tune(inputs, options)
         self._inputs, self._multiplier = inputs, options.multiplier
         self._leaves = {leaf.change.path: leaf for leaf in expect(inputs, plain, {}).leaves.values()}
         self._factors = SiteFactors(inputs)
@@ -216,7 +216,7 @@ def _by_row(kernel: Leaf, parts: list[_ByRow | Adapted], leaf: ExpectedLeaf) -> 
     stored = _finite(kernel, kernel[0].read(kernel[1].path, full_region(kernel[1].shape)))
     w = as_matrix(equation, stored)
     x, size, ranks = w, np.abs(w).max(axis=1, keepdims=True, initial=0.0), 0
-    for part in parts:
+    for part in sorted(parts, key=lambda part: isinstance(part, _ByRow)):
         if isinstance(part, Adapted):
             left, right = part.left().reshape(-1, part.rank), part.right().reshape(part.rank, -1)
             extra = part.rescaling

@@ -38,8 +38,8 @@ class ByRow:
 class RowJudge:
     """Judges one kernel.
 
-    The ideal is ``X_n`` with ``X_0 = W`` and, adapter by adapter, ``X_k = X_(k-1) + weight * (changed_k(W) - W)``, or what
-    `series.Series` says of a low-rank one. An entry may be off by
+    The ideal is ``X + sum of weight * (changed_k(W) - W)``, X being what the low-rank adapters make of W in their order, see
+    `series.Series`. An entry may be off by
 
         ulps * ulp(ref) + c * 2^-24 * m,   c = 64 + sqrt(inputs) + ranks
 
@@ -48,7 +48,7 @@ class RowJudge:
 
     Args:
         where: The kernel in the checkpoint, as errors name it.
-        parts: The adapters on the kernel, in their order, at alpha 1.
+        parts: The adapters on the kernel, in their order, at alpha 1; low-rank ones are taken first.
         dtype: The merged kernel's dtype.
         terms: What else it may differ by.
         alpha: How much of the change to take.
@@ -57,7 +57,8 @@ class RowJudge:
     def __init__(
         self, where: str, parts: Sequence[ByRow | Adapted], dtype: np.dtype[Any], terms: Terms, alpha: float
     ) -> None:
-        self._where, self._parts, self._dtype, self._terms, self._alpha = where, parts, dtype, terms, alpha
+        self._where, self._dtype, self._terms, self._alpha = where, dtype, terms, alpha
+        self._parts = sorted(parts, key=lambda part: isinstance(part, ByRow))
         self._equation = parts[0].site.parameters.equation
 
     def judge(self, kernel: Array, merged: Array, anchor: Array | None) -> LayerVerdict:

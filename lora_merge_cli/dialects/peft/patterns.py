@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lora_merge_cli.dialects.peft.config import AdapterConfig
 from lora_merge_cli.records import Scale
@@ -46,6 +46,23 @@ def scale_of(config: AdapterConfig, module: str, rank: int) -> Scale:
         return Scale(alpha / rank, f"alpha {alpha:g} / rank {rank} ({', '.join(sources)})")
     sources.append(config.rslora_source)
     return Scale(alpha / math.sqrt(rank), f"alpha {alpha:g} / sqrt(rank {rank}) ({', '.join(sources)})")
+
+
+def patterns_of(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """The values that are not the default, each by a regular expression that fits no module of another value.
+
+    Args:
+        values: The rank or the alpha of each module, by its full name.
+        default: What holds for a module that no pattern fits.
+    """
+    found = {}
+    for name, value in values.items():
+        if value == default:
+            continue
+        # A pattern fits every module that ends with it.
+        clash = any(other.endswith(f".{name}") and rival != value for other, rival in values.items())
+        found[f"{'^' if clash else ''}{re.escape(name)}"] = value
+    return dict(sorted(found.items()))
 
 
 @functools.lru_cache(maxsize=4096)

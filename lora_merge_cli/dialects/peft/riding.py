@@ -76,7 +76,8 @@ def read_whole(keys: Keys, config: AdapterConfig, base: Tree, names: Names, wher
             riding.problems.append(problem)
         elif stored is not None and stored.shape != whole.spec.shape and is_task_head(module):
             new_heads.append(whole.name)
-        riding.replacements.append(Replacement(path, whole.spec.path, whole_reason(whole, config)))
+        is_copy = whole.wrapped and stored is not None and stored.shape == whole.spec.shape
+        riding.replacements.append(Replacement(path, whole.spec.path, whole_reason(whole, config), is_copy=is_copy))
     if strangers:
         riding.problems.append(_unplaced(strangers, base, where))
     if new_heads:

@@ -1,9 +1,10 @@
 """Adapters as PEFT writes them: which modules must be brought whole, the keys of tensors, and ``adapter_config.json``.
 
-PEFT adapts a module's weight, or brings a module whole: it has no way to bring the bias of a module that it adapts. It compares
-ends of names, so that a module that is called as another one ends is brought with that.
+PEFT adapts a module's weight, and can bring its bias with it; or it brings a module whole. It compares ends of names, so that a
+module that is called as another one ends is brought with that.
 
-Source: huggingface/peft 0.21, ``peft/tuners/lora/config.py``, ``peft/utils/other.py`` and ``peft/utils/save_and_load.py``.
+Source: huggingface/peft 0.21, ``peft/tuners/lora/config.py``, ``peft/utils/other.py``,
+``peft/utils/save_and_load.py`` and ``peft/tuners/tuners_utils.py`` (``_get_learnable_bias_state_dict``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_merge_cli.dialects.peft.names import is_embedding, is_head
+from lora_merge_cli.dialects.peft.patterns import patterns_of
 from lora_merge_cli.dialects.torch_names import dotted
 from lora_merge_cli.errors import UnsupportedCheckpoint
 from lora_merge_cli.records import KeyPath
@@ -30,6 +32,11 @@ def factor_key(name: str, role: str) -> str:
 def whole_key(name: str) -> str:
     """The key of a tensor that is brought whole."""
     return f"{PREFIX}{name}"
+
+
+def bias_key(module: str) -> str:
+    """The key of the bias of a module that has factors: it belongs to the layer that PEFT wraps."""
+    return f"{PREFIX}{module}.base_layer.bias"
 
 
 def refuse_fused(names: Iterable[str], where: str) -> None:
@@ -91,7 +98,13 @@ def tied_head(names: Collection[str], modules: Iterable[str], config: Mapping[st
 
 
 def adapter_config(
-    ranks: Mapping[str, int], modules: Iterable[str], config: Mapping[str, Any], base: str, *, transposed: bool
+    ranks: Mapping[str, int],
+    modules: Iterable[str],
+    config: Mapping[str, Any],
+    base: str,
+    *,
+    transposed: bool,
+    biases: bool,
 ) -> dict[str, Any]:
     """``adapter_config.json`` of factors whose product is the delta itself: every alpha is its rank.
 
@@ -101,9 +114,10 @@ def adapter_config(
         config: The base's own configuration.
         base: The base's name or path.
         transposed: Whether weights are stored (inputs, outputs).
+        biases: Whether biases of adapted modules are brought.
     """
     common = max(ranks.values())
-    pattern = {re.escape(module): rank for module, rank in sorted(ranks.items()) if rank != common}
+    pattern = patterns_of(ranks, common)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if _has_head(config) else None,
@@ -115,7 +129,7 @@ def adapter_config(
         "target_modules": sorted(ranks),
         "modules_to_save": sorted(modules) or None,
         "fan_in_fan_out": transposed,
-        "bias": "none",
+        "bias": "lora_only" if biases else "none",
         "use_rslora": False,
         "use_dora": False,
         "lora_dropout": 0.0,

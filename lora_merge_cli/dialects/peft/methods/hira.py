@@ -36,6 +36,7 @@ class Hira(Method):
     complete = (frozenset({"lora_a", "lora_b"}), frozenset({"embedding_a", "embedding_b"}))
     axes = frozenset({2, 3, 4, 5})
     turnable = True
+    states_layout = False
     rank = ("r", 32)
     patterns = frozenset({"rank_pattern"})
     harmless = frozenset({"hira_dropout"})

@@ -131,6 +131,8 @@ class Method(Protocol):
     """Whether PEFT has it for Transformers' ``Conv1D``, whose weight is (inputs, outputs)."""
     integers: frozenset[str] = frozenset()
     """Roles that may be integers."""
+    states_layout: bool = True
+    """Whether PEFT corrects ``fan_in_fan_out`` to what the layer is: a false one of a method that does not says nothing."""
     rank: tuple[str, int] | None = None
     """The configuration's field that holds the rank, and PEFT's default."""
     alpha: tuple[str, float] | None = None

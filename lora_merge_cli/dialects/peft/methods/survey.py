@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lora_merge_cli.dialects.interface import Tree
 from lora_merge_cli.dialects.peft.layers import (
@@ -47,7 +47,10 @@ class _Context:
     @functools.cached_property
     def orientations(self) -> Orientations:
         """Which square weights are stored (inputs, outputs)."""
-        return Orientations(self.config.common, self.base.config, _linear_shapes(self))
+        common = self.config.common
+        if not (self.method.states_layout or common.transposed):
+            common = replace(common, transposed=None)
+        return Orientations(common, self.base.config, _linear_shapes(self))
 
     def shape(self, path: KeyPath) -> tuple[int, ...]:
         """The shape of a leaf, after what is replaced whole."""
