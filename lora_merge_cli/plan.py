@@ -157,6 +157,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         Refused: The merge would be wrong or pointless; see its subclasses.
     """
     check_options(options)
+    multiplier = options.multiplier
     options = of_all(inputs, options)
     checkpoint, dialect = inputs.checkpoint, inputs.dialect
     index = checkpoint.source.index()
@@ -190,7 +191,7 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         equal=survey.equal,
         copies=survey.copies,
         config={**config_changes(inputs, survey, selection), **found.config},
-        multiplier=options.multiplier,
+        multiplier=multiplier,
         serving_dtype=dialect.serving_dtype,
         notes=(*_notes(inputs, survey, selection, options), *found.notes),
         warnings=survey.warnings,

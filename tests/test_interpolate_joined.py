@@ -194,6 +194,41 @@ def test_stages_of_a_robot_s_training_are_stacked(pair: Pair, tmp_path: Path) ->
         assert np.abs(found[path] - wanted).max() <= 3e-6 * np.abs(wanted).max(), path
 
 
+def test_scales_are_for_the_fine_tunes_that_need_them(pair: Pair, tmp_path: Path) -> None:
+    """One has its adapters inside and needs an alpha, the other is an adapter that states its own."""
+    taken = run("extract", pair.tuned, "--base", pair.base, "-o", tmp_path / "adapter", "--lora-alpha", ALPHAS)
+    assert taken.code == 0, taken.stderr
+    outcome = run(
+        "interpolate", pair.base, pair.tuned, tmp_path / "adapter", "-o", tmp_path / "out", "--method", "linear",
+        "--lora-alpha", ALPHAS, "--verify",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    found = restore_flat(tmp_path / "out" / "params")
+    for path, wanted in pair.between(1.0).items():
+        assert np.abs(found[path] - wanted).max() <= 3e-6 * np.abs(wanted).max(), path
+
+
+def test_options_of_adapters_are_those_of_the_fine_tunes(pair: Pair, tmp_path: Path) -> None:
+    outcome = run(
+        "interpolate", pair.base, pair.tuned, pair.tuned, "-o", tmp_path / "out", "--method", "linear",
+        "--lora-alpha", ALPHAS, "--scale", "0.5", "--verify",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    found = restore_flat(tmp_path / "out" / "params")
+    for path in pair.kernels:
+        start = pair.start[path].astype(np.float64)
+        wanted = start + 0.5 * (pair.end[path] - start)
+        assert np.abs(found[path] - wanted).max() <= 3e-6 * np.abs(wanted).max(), path
+
+
+def test_options_of_adapters_need_adapters(paths: dict[str, Path], tmp_path: Path) -> None:
+    outcome = run(
+        "interpolate", paths["base"], paths["t1"], paths["t2"], "-o", tmp_path / "out", *TIES, "--scale", "0.5"
+    )
+    assert outcome.code == 2
+    assert "--scale is for adapters" in outcome.error
+
+
 # What makes no sense
 
 

@@ -117,3 +117,39 @@ def test_a_part_of_the_way_is_a_straight_one(base: Path, adapters: dict[str, Pat
     part = cases.tensors(tmp_path / "part")
     for name, before in cases.tensors(base).items():
         cases.assert_near(part[name], before.double() + 0.3 * (whole[name].double() - before.double()), name)
+
+
+def test_what_multiplies_is_of_the_unmerged_kernel_and_not_rescaled(
+    llama: Any, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    config = peft.HRAConfig(r=2, target_modules=["q_proj"])
+    turned = cases.save_adapter(llama, config, tmp_path / "turned", seed=7)
+    one, other = (
+        cases.merge(base, *order, out=tmp_path / f"out{number}", flags=("--verify",))
+        for number, order in enumerate([(turned, adapters["dora"]), (adapters["dora"], turned)])
+    )
+    alone = [cases.merge(base, path, out=tmp_path / f"alone {path.name}") for path in (turned, adapters["dora"])]
+    for name, before in cases.tensors(base).items():
+        wanted = before.double() + sum(each[name].double() - before.double() for each in alone)
+        cases.assert_near(one[name], wanted, name)
+        cases.assert_near(other[name], wanted, name)
+
+
+def test_the_report_says_where_the_order_counts(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    def notes(*names: str) -> list[str]:
+        given = [part for name in names for part in ("--adapter", adapters[name])]
+        outcome = run("merge", base, *given, "--dry-run", "--json")
+        assert outcome.code == 0, outcome.stderr
+        return [note for note in outcome.json["notes"] if "order of the adapters" in note]
+
+    assert "on 4 kernels DoRA" in notes("lora", "dora")[0]
+    assert not notes("dora", "lora")
+    assert not notes("dora")
+
+
+def test_a_scale_beyond_float32_is_one_line(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    adapter = cases.edit_config(cases.copied(adapters["lora"], tmp_path / "adapter"), lora_alpha=1e29)
+    cases.edit_factors(adapter, lambda found: {key: value * 1e20 for key, value in found.items()})
+    outcome = cases.attempt(base, adapter, out=tmp_path / "out")
+    assert outcome.code == 3
+    assert "beyond float32" in outcome.error

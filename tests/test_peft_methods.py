@@ -434,6 +434,7 @@ TURNED: dict[str, Callable[[], Any]] = {
     "IA3": lambda: peft.IA3Config(target_modules=GPT2, feedforward_modules=r".*mlp\.c_proj", fan_in_fan_out=True),
     "VeRA": lambda: peft.VeraConfig(target_modules=GPT2, r=5, fan_in_fan_out=True),
     "HiRA": lambda: peft.HiraConfig(target_modules=GPT2, r=4, fan_in_fan_out=True),
+    "HiRA with the flag as peft leaves it": lambda: peft.HiraConfig(target_modules=GPT2, r=4),
     "RandLora": lambda: peft.RandLoraConfig(target_modules=GPT2, r=5, randlora_alpha=10, fan_in_fan_out=True),
 }
 
