@@ -17,27 +17,20 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from lora_merge_cli.dialects import looks_like_adapter
-from lora_merge_cli.errors import (
-    UsageError,
-    WrongBase,
-)
+from lora_merge_cli.errors import UsageError, WrongBase
 from lora_merge_cli.extract_report import ExtractReport
 from lora_merge_cli.extracting_dense import dense_of, extract_dense
 from lora_merge_cli.extracting_exact import extract_exact, plan_of
-from lora_merge_cli.extracting_prepared import (
-    ExtractRequest,
-    PreparedExtraction,
-)
+from lora_merge_cli.extracting_prepared import ExtractRequest, PreparedExtraction
 from lora_merge_cli.formats.interface import PROVENANCE, Checkpoint
 from lora_merge_cli.inputs import open_inputs, survey_inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.recording import directory_size, peak_rss, versions
-from lora_merge_cli.records import (
-    display,
-    first_names,
-)
+from lora_merge_cli.records import display, first_names
 from lora_merge_cli.staging import anchored, check_target, filesystem, staged
+
+__all__ = ["ExtractRequest", "PreparedExtraction", "extract", "prepare_extraction"]
 
 
 def prepare_extraction(request: ExtractRequest) -> PreparedExtraction:

@@ -11,17 +11,11 @@ from pathlib import Path
 from lora_merge_cli.adapter_writing import AdapterTensor, carried, write_adapter
 from lora_merge_cli.dense_deltas import Factored, LeafDelta, Sides, factor_leaf, is_moved
 from lora_merge_cli.dialects.kernels import Kernel, torch_kernel, tree_kernel
-from lora_merge_cli.dialects.peft.written import (
-    refuse_fused,
-)
+from lora_merge_cli.dialects.peft.written import refuse_fused
 from lora_merge_cli.dialects.torch_model import Plain
 from lora_merge_cli.dialects.torch_names import dotted
 from lora_merge_cli.dtypes import FLOAT32, is_float
-from lora_merge_cli.errors import (
-    NothingToMerge,
-    UsageError,
-    WrongBase,
-)
+from lora_merge_cli.errors import NothingToMerge, UsageError, WrongBase
 from lora_merge_cli.extract_report import ExtractedSite, ExtractReport
 from lora_merge_cli.extracting_prepared import (
     Dense,
@@ -35,13 +29,7 @@ from lora_merge_cli.extracting_shapes import peft_shape, tree_shape
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.pairing import by_canonical_path
-from lora_merge_cli.records import (
-    AdapterSite,
-    KeyPath,
-    TensorSpec,
-    display,
-    first_names,
-)
+from lora_merge_cli.records import AdapterSite, KeyPath, TensorSpec, display, first_names
 from lora_merge_cli.selection import leaf_names, matches_any
 from lora_merge_cli.staging import check_space
 

@@ -9,13 +9,10 @@ from lora_merge_cli import __version__
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.pairing import by_canonical_path
-from lora_merge_cli.records import (
-    KeyPath,
-    TensorSpec,
-)
+from lora_merge_cli.records import KeyPath, TensorSpec
 
 
-def dtypes(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[KeyPath, Any]:
+def kept_dtypes(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[KeyPath, Any]:
     """What the fine-tune keeps leaves in, where that is not what the base does; of all leaves where there is no base."""
     if inputs.base is None:
         return {spec.path: spec.dtype for spec in specs if is_float(spec.dtype)}
@@ -29,6 +26,7 @@ def dtypes(inputs: Inputs, specs: Sequence[TensorSpec]) -> dict[KeyPath, Any]:
 
 
 def base_record(inputs: Inputs) -> dict[str, str] | None:
+    """The base's path and fingerprint; None where there is no base."""
     if inputs.base is None:
         return None
     source = inputs.base.source
@@ -36,5 +34,6 @@ def base_record(inputs: Inputs) -> dict[str, str] | None:
 
 
 def made_by(inputs: Inputs) -> dict[str, str]:
+    """Which tool made the adapter, out of what."""
     source = inputs.checkpoint.source
     return {"tool": f"lora-merge {__version__}", "tuned": str(source.path), "fingerprint": source.fingerprint()}

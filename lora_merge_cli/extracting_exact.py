@@ -9,29 +9,17 @@ from pathlib import Path
 from lora_merge_cli.adapter_writing import carried, write_adapter
 from lora_merge_cli.dense_deltas import Sides, is_moved
 from lora_merge_cli.dialects.detached_document import TRAINED, Document, detached_config
-from lora_merge_cli.errors import (
-    NothingToMerge,
-    UsageError,
-    WrongBase,
-)
+from lora_merge_cli.errors import NothingToMerge, UsageError, WrongBase
 from lora_merge_cli.extract_report import ExtractReport
-from lora_merge_cli.extracting_document import base_record, dtypes, made_by
-from lora_merge_cli.extracting_prepared import (
-    ExtractRequest,
-    PreparedExtraction,
-    trained_record,
-)
+from lora_merge_cli.extracting_document import base_record, kept_dtypes, made_by
+from lora_merge_cli.extracting_prepared import ExtractRequest, PreparedExtraction, trained_record
 from lora_merge_cli.factors import FactorReader, check_factors
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.listening import Listener
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.pairing import by_canonical_path
 from lora_merge_cli.plan import MergePlan, plan_merge
-from lora_merge_cli.records import (
-    Replacement,
-    TensorSpec,
-    first_names,
-)
+from lora_merge_cli.records import Replacement, TensorSpec, first_names
 from lora_merge_cli.staging import check_space
 
 
@@ -76,7 +64,7 @@ def extract_exact(
         inputs.dialect,
         plan.sites,
         tuple(Replacement(spec.path, spec.path, TRAINED) for spec in carried_whole),
-        dtypes(inputs, [*frozen, *carried_whole]),
+        kept_dtypes(inputs, [*frozen, *carried_whole]),
         base_record(inputs),
         len(trained) - len(carried_whole),
     )

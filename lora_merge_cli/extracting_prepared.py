@@ -12,24 +12,14 @@ from lora_merge_cli.dense_deltas import Sides
 from lora_merge_cli.dialects import ScaleOptions
 from lora_merge_cli.dialects.detached_document import TRAINED
 from lora_merge_cli.dialects.kernels import Kernel
-from lora_merge_cli.dialects.peft.written import (
-    factor_key,
-)
+from lora_merge_cli.dialects.peft.written import factor_key
 from lora_merge_cli.dialects.torch_model import Plain
 from lora_merge_cli.dialects.torch_names import dotted
 from lora_merge_cli.extract_report import ExtractedSite, ExtractReport
 from lora_merge_cli.inputs import Inputs, tree_of
 from lora_merge_cli.plan import MergePlan
 from lora_merge_cli.recording import source_records
-from lora_merge_cli.records import (
-    AdapterSite,
-    Factor,
-    KeyPath,
-    LowRank,
-    Scale,
-    TensorSpec,
-    display,
-)
+from lora_merge_cli.records import AdapterSite, Factor, KeyPath, LowRank, Scale, TensorSpec, display
 from lora_merge_cli.report import LeafRecord
 
 _ONE = Scale(1.0, "the factors' product is the delta itself")
@@ -107,7 +97,7 @@ class PreparedExtraction:
         assert self.dense is not None, "it is one of the two"
         kernels = {path: self.dense.pairs[path].tuned for path in self.dense.kernels}
         sites = tuple(
-            site_record(self._dense_site(path, kernel, 0), kernels[path], None, None)
+            site_record(dense_site(self.inputs, path, kernel, 0, for_peft=self.for_peft), kernels[path], None, None)
             for path, kernel in self.dense.kernels.items()
         )
         note = f"which of the {len(self.dense.pairs)} leaves moved is known once both sides are read: sites are what may have"
@@ -200,10 +190,6 @@ class PreparedExtraction:
             (trained if grouping[step.before.path] == "trained" else frozen).append(step.before)
         return frozen, trained
 
-    def dense_site(self, path: KeyPath, kernel: Kernel, rank: int) -> AdapterSite:
-        """The site of a kernel of two dense checkpoints, with keys as they are in the adapter."""
-        return dense_site(self.inputs, path, kernel, rank, for_peft=self.for_peft)
-
 
 def dense_site(inputs: Inputs, path: KeyPath, kernel: Kernel, rank: int, *, for_peft: bool) -> AdapterSite:
     """The site of a kernel of two dense checkpoints, with keys as they are in the adapter."""
@@ -226,6 +212,14 @@ def dense_site(inputs: Inputs, path: KeyPath, kernel: Kernel, rank: int, *, for_
 
 
 def site_record(site: AdapterSite, spec: TensorSpec, rank: int | None, nbytes: int | None) -> ExtractedSite:
+    """What the report says of a site.
+
+    Args:
+        site: The site, whose scale is known.
+        spec: Its kernel.
+        rank: The rank of its factors; None before it is chosen.
+        nbytes: Their size; None before that.
+    """
     scale = site.parameters.scale
     assert scale.value is not None, "a site without a scale was refused"
     return ExtractedSite(
@@ -243,4 +237,5 @@ def site_record(site: AdapterSite, spec: TensorSpec, rank: int | None, nbytes: i
 
 
 def trained_record(spec: TensorSpec, reason: str = TRAINED) -> LeafRecord:
+    """What the report says of a leaf that the adapter holds whole."""
     return LeafRecord(spec.name, "copied", spec.dtype.name, spec.nbytes, reason)

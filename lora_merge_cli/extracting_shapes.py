@@ -1,4 +1,4 @@
-"""What an adapter of two dense checkpoints consists of: which leaves get factors, and which are brought whole and under what keys."""
+"""What an adapter of two dense checkpoints consists of: which leaves get factors, and which it brings whole, under what keys."""
 
 from __future__ import annotations
 
@@ -8,31 +8,13 @@ from typing import Any
 
 from lora_merge_cli.dense_deltas import Sides
 from lora_merge_cli.dialects.detached_document import TRAINED, Document, detached_config
-from lora_merge_cli.dialects.peft.written import (
-    adapter_config,
-    bias_key,
-    tied_head,
-    whole_key,
-    whole_modules,
-)
+from lora_merge_cli.dialects.peft.written import adapter_config, bias_key, tied_head, whole_key, whole_modules
 from lora_merge_cli.dialects.torch_names import dotted
 from lora_merge_cli.dtypes import FLOAT32, holds_all_values_of, is_float
-from lora_merge_cli.errors import (
-    NothingToMerge,
-    UnsupportedCheckpoint,
-)
-from lora_merge_cli.extracting_document import base_record, dtypes, made_by
-from lora_merge_cli.extracting_prepared import (
-    Dense,
-    PreparedExtraction,
-)
-from lora_merge_cli.records import (
-    AdapterSite,
-    KeyPath,
-    Replacement,
-    TensorSpec,
-    first_names,
-)
+from lora_merge_cli.errors import NothingToMerge, UnsupportedCheckpoint
+from lora_merge_cli.extracting_document import base_record, kept_dtypes, made_by
+from lora_merge_cli.extracting_prepared import Dense, PreparedExtraction
+from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, TensorSpec, first_names
 
 
 @dataclass(frozen=True)
@@ -54,11 +36,18 @@ class Shape:
 
 
 def tree_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> Shape:
+    """An adapter for any tree: factors of the kernels that are known, and all else that moved.
+
+    Args:
+        prepared: The two checkpoints.
+        moved: The leaves that are not the base's.
+    """
     inputs, dense = prepared.inputs, prepared.dense
     assert dense is not None, "there are two sides"
     kernels = tuple(path for path in moved if path in dense.kernels)
     others = [dense.pairs[path].tuned for path in moved if path not in dense.kernels]
-    still = [sides.tuned for path, sides in dense.pairs.items() if path not in set(moved)]
+    those = set(moved)
+    still = [sides.tuned for path, sides in dense.pairs.items() if path not in those]
 
     def config(sites: Mapping[KeyPath, AdapterSite], with_whole: bool) -> dict[str, Any]:
         brought = others if with_whole else []
@@ -66,7 +55,7 @@ def tree_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> Shape:
             inputs.dialect,
             tuple(sites.values()),
             tuple(Replacement(spec.path, spec.path, TRAINED) for spec in brought),
-            dtypes(inputs, [*still, *brought]),
+            kept_dtypes(inputs, [*still, *brought]),
             base_record(inputs),
             len(others) - len(brought),
         )
@@ -81,6 +70,16 @@ def tree_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> Shape:
 
 
 def peft_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> Shape:
+    """An adapter that PEFT loads: factors of linear layers with their biases, and whole modules of all else that moved.
+
+    Args:
+        prepared: The two checkpoints.
+        moved: The leaves that are not the base's.
+
+    Raises:
+        NothingToMerge: No linear layer gets factors.
+        UnsupportedCheckpoint: PEFT can bring a leaf neither way.
+    """
     inputs, dense = prepared.inputs, prepared.dense
     assert dense is not None and inputs.base is not None, "there are two sides"
     where = str(inputs.checkpoint.source.path)
@@ -134,7 +133,7 @@ def peft_shape(prepared: PreparedExtraction, moved: Sequence[KeyPath]) -> Shape:
         )
 
     notes = [f"modules that are brought whole: {first_names(sorted(modules), 3)}"] if modules else []
-    brought = {*kernels, *(spec.path for spec in reasons)}
+    brought = {*kernels, *(() if prepared.request.without_trained else (spec.path for spec in reasons))}
     changed = [dense.pairs[path] for path in moved if path in brought]
     return Shape(kernels, tuple(keys), reasons, written, tuple(_rounding(changed)), tuple(notes))
 

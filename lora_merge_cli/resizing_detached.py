@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.dialects import ScaleOptions, Tree
-from lora_merge_cli.dialects.detached import Detached, read_detached
+from lora_merge_cli.dialects.detached import Detached
+from lora_merge_cli.dialects.detached_document import read_detached
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import ShapeMismatch, Unrepresentable, UnsupportedCheckpoint

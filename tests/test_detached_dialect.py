@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lora_merge_cli.dialects import ScaleOptions, Subject, Tree, detect_adapter_dialect
-from lora_merge_cli.dialects.detached import TRAINED, Detached, Document, detached_config, read_detached
+from lora_merge_cli.dialects.detached import Detached
+from lora_merge_cli.dialects.detached_document import TRAINED, Document, detached_config, read_detached
 from lora_merge_cli.dialects.nnx import Nnx
 from lora_merge_cli.dialects.openpi import OpenPI
 from lora_merge_cli.dtypes import BFLOAT16, FLOAT32

@@ -573,6 +573,47 @@ def test_peft_computes_what_the_fine_tune_computes(kind: str, tmp_path: Path) ->
         cases.assert_near(result[name], values, name, 3e-6)
 
 
+def test_peft_finds_modules_that_are_called_as_others_end(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import copy
+
+    import torch
+
+    def block(**modules: Any) -> Any:
+        made = torch.nn.Module()
+        for name, module in modules.items():
+            setattr(made, name, module)
+        return made
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(9, 12), block(a=torch.nn.Linear(9, 12))
+            self.c = block(b=block(a=torch.nn.Linear(9, 12)))
+
+        def forward(self, x: Any) -> Any:
+            return self.a(x) - self.b.a(x).sin() + self.c.b.a(x).cos()
+
+    torch.manual_seed(3)
+    base, ranks = Net(), {"a": 1, "b.a": 3, "c.b.a": 2}
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, rank in ranks.items():
+            module = tuned.get_submodule(name)
+            module.weight.add_(torch.randn(12, rank) @ torch.randn(rank, 9))
+            module.bias.add_(1 if name != "a" else 0)
+    sides = [
+        write_model(tmp_path / name, {key: values.numpy() for key, values in net.state_dict().items()})
+        for name, net in (("t", tuned), ("b", base))
+    ]
+    report = extracted(sides[0], sides[1], tmp_path / "a", "--energy", 0.999999)
+    assert {site["target"].removesuffix(".weight"): site["rank"] for site in report["sites"]} == ranks
+    assert {leaf["path"] for leaf in report["trained"]} == {"b.a.bias", "c.b.a.bias"}
+    x = torch.randn(5, 9)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
+    assert torch.allclose(adapted(x), tuned(x), atol=2e-5) and not torch.allclose(base(x), tuned(x), atol=0.1)
+
+
 def test_bfloat16_of_both_sides(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     start = llama_tensors(rng, dtype=BFLOAT16)

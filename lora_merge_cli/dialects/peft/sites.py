@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +104,8 @@ def find_sites(
             else:
                 found.missing.append(site)
     if found.missing:
-        found.problems.insert(0, _without_weight(found.missing, base, adapter.where))
-    found.problems.extend(_claimed_twice(found.sites, adapter.where))
+        found.problems.insert(0, without_weight([layer.module for layer in found.missing], base, adapter.where))
+    found.problems.extend(claimed_twice(found.sites, adapter.where))
     return found
 
 
@@ -313,18 +313,20 @@ def _bias_problems(keys: Keys, config: AdapterConfig, where: str) -> Iterator[Ex
         yield UnsupportedCheckpoint("DoRA with a bias of lora_B", where=f"{where} :: {with_it[0]}")
 
 
-def _without_weight(missing: list[Layer], base: Tree, where: str) -> UnmatchedAdapter:
-    nearest = nearest_names(f"{missing[0].module}.weight", base)
+def without_weight(missing: Sequence[str], base: Tree, where: str) -> UnmatchedAdapter:
+    """The refusal of modules that the base does not have."""
+    nearest = nearest_names(f"{missing[0]}.weight", base)
     return UnmatchedAdapter(
         "factors without a weight in the base",
-        where=f"{where} :: {first_names((layer.module for layer in missing), 3)}",
-        expected=f"{missing[0].module}.weight in {base.where}",
+        where=f"{where} :: {first_names(missing, 3)}",
+        expected=f"{missing[0]}.weight in {base.where}",
         found=f"nearest {', '.join(nearest)}" if nearest else None,
         hint="see that the base is the one that the adapter was trained on",
     )
 
 
-def _claimed_twice(sites: list[AdapterSite], where: str) -> Iterator[Exception]:
+def claimed_twice(sites: Sequence[AdapterSite], where: str) -> Iterator[Exception]:
+    """The refusals of leaves that two sites of one adapter are on."""
     seen: set[KeyPath] = set()
     for site in sites:
         for target in site.targets:

@@ -20,9 +20,9 @@ from lora_merge_cli.dialects.peft.methods.fitting import incomplete
 from lora_merge_cli.dialects.peft.methods.interface import Adapted, Fit, Method, MethodConfig, Sizes, Weight
 from lora_merge_cli.dialects.peft.methods.keys import MethodKeys
 from lora_merge_cli.dialects.peft.names import Names
-from lora_merge_cli.dialects.peft.sites import Found
+from lora_merge_cli.dialects.peft.sites import Found, claimed_twice, without_weight
 from lora_merge_cli.dialects.torch_model import GROUP, LINEAR, LINEAR_FORWARD, short_name
-from lora_merge_cli.dialects.torch_names import dotted, nearest_names
+from lora_merge_cli.dialects.torch_names import dotted
 from lora_merge_cli.dtypes import is_float
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import LoraMergeError, ShapeMismatch, UnmatchedAdapter, UnsupportedCheckpoint
@@ -95,9 +95,9 @@ def find_sites(
         for site in _sites(context, layer, target):
             (found.sites if isinstance(site, AdapterSite) else found.problems).append(site)  # type: ignore[arg-type]
     if missing:
-        found.problems.insert(0, _without_weight(missing, base, where))
+        found.problems.insert(0, without_weight(missing, base, where))
     found.warnings += dict.fromkeys(context.cautions)
-    found.problems += [*_halves(keys, names, where), *_claimed_twice(found.sites, where)]
+    found.problems += [*_halves(keys, names, where), *claimed_twice(found.sites, where)]
     return found
 
 
@@ -245,23 +245,3 @@ def _halves(keys: MethodKeys, names: Names, where: str) -> Iterator[Exception]:
             "modules that were trained whole and are not whole in the adapter",
             where=f"{where} :: {first_names(lost, 3)}",
         )
-
-
-def _without_weight(missing: list[str], base: Tree, where: str) -> UnmatchedAdapter:
-    nearest = nearest_names(f"{missing[0]}.weight", base)
-    return UnmatchedAdapter(
-        "factors without a weight in the base",
-        where=f"{where} :: {first_names(missing, 3)}",
-        expected=f"{missing[0]}.weight in {base.where}",
-        found=f"nearest {', '.join(nearest)}" if nearest else None,
-        hint="see that the base is the one that the adapter was trained on",
-    )
-
-
-def _claimed_twice(sites: list[AdapterSite], where: str) -> Iterator[Exception]:
-    seen: set[KeyPath] = set()
-    for site in sites:
-        for target in site.targets:
-            if target in seen:
-                yield UnmatchedAdapter("two layers of the adapter for one weight", where=f"{where} :: {dotted(target)}")
-            seen.add(target)
