@@ -27,6 +27,7 @@ from lora_merge_cli.errors import UnknownFormat, UnknownScale, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
+from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
     AdapterRow,
@@ -102,6 +103,7 @@ class SiteRow:
     module: str
     rank: int
     equation: str
+    """From the factors' dims to the kernel's; the operation's name where that is no such product."""
     scale: float | None
     scale_source: str
     scale_assumed: bool
@@ -243,9 +245,12 @@ def _factor_reader(inputs: Inputs) -> FactorReader:
     return FactorReader(inputs)
 
 
-def _stats(inputs: Inputs, spec: TensorSpec, site: AdapterSite, reader: FactorReader) -> SiteStats:
+def _stats(inputs: Inputs, spec: TensorSpec, site: AdapterSite, reader: FactorReader | None) -> SiteStats | None:
     from lora_merge_cli.measurement import site_stats
 
+    # Of what is no low-rank product, the factors alone say nothing of the delta.
+    if reader is None or is_row_operation(site.operation):
+        return None
     return site_stats(inputs.checkpoint, spec, site, reader.read(site))
 
 
@@ -391,13 +396,13 @@ def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, reader: FactorR
         group=site.group,
         module=site.module,
         rank=site.parameters.rank,
-        equation=str(site.parameters.equation),
+        equation=site.operation if is_row_operation(site.operation) else str(site.parameters.equation),
         scale=scale.value,
         scale_source=scale.source,
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=None if reader is None else _stats(inputs, spec, site, reader),
+        stats=_stats(inputs, spec, site, reader),
         adapter=site.adapter,
         weight=site.weight,
     )

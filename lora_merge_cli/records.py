@@ -297,7 +297,7 @@ class AdapterRow:
     scale: Scale
     """What its product is multiplied by."""
     shape: tuple[int, int]
-    """Outputs and inputs, as far as the factors say."""
+    """Outputs and inputs; 0 where the factors do not say."""
 
 
 @dataclass(frozen=True)

@@ -498,3 +498,13 @@ def test_a_merge_that_is_not_peft_s_forward_is_said(saved: Any, base: Path) -> N
     found = survey(base, saved("OFT"))
     assert [warning for warning in found.warnings if "overlapping patches" in warning]
     assert not [warning for warning in survey(base, saved("BOFT")).warnings if "overlapping" in warning]
+
+
+def test_an_inspection_measures_what_factors_can_say(saved: Any, base: Path) -> None:
+    product = run("inspect", base, "--adapter", saved("VeRA"), "--stats", "--json").json
+    assert all(site["stats"]["relative_norm"] > 0 for site in product["sites"])
+    for name in ("OFT", "HiRA", "IA3"):
+        outcome = run("inspect", base, "--adapter", saved(name), "--stats", "--json")
+        assert outcome.code == 0, outcome.stderr
+        assert {(site["equation"], site["stats"]) for site in outcome.json["sites"]} == {(CASES[name].operation, None)}
+        assert run("inspect", base, "--adapter", saved(name), "--stats").code == 0

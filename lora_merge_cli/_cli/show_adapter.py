@@ -65,7 +65,7 @@ def _targets(adapter: AdapterRecord) -> Table:
     table = plain_table("targets", ">layers", ">rank", ">scale", ">out x in")
     rows = kinds(adapter.rows, lambda row: row.module, _likeness, lambda row: row.shape)
     for kind in rows[:MOST_KINDS]:
-        shape = " x ".join(map(str, kind.members[0].shape))
+        shape = " x ".join(str(extent or "-") for extent in kind.members[0].shape)
         ranks = spread(row.rank for row in kind.members)
         table.add_row(shown(kind.counted), kind.layers, ranks, _scale([row.scale for row in kind.members]), shape)
     return with_rest(table, rows)

@@ -78,7 +78,7 @@ def _sites_table(sites: Sequence[SiteRow]) -> Table:
     for site in sites:
         row = [shown(site.label), str(site.rank), *([str(site.layers or "-")] if stacked else []), starred(site)]
         if site.stats is None:
-            row.append(site.equation)
+            row += ["-"] * len(more) if measured else [site.equation]
         else:
             norms = (site.stats.relative_norm, site.stats.relative_norm_worst)
             row += [*map(figure, norms), f"{site.stats.effective_rank:.1f}", str(site.stats.non_finite)]
@@ -101,6 +101,8 @@ def _kinds_table(sites: Sequence[SiteRow]) -> Table:
                 f"{min(found.effective_rank for found in stats):.1f}",
                 str(sum(found.non_finite for found in stats)),
             ]
+        elif measured:
+            row += ["-"] * len(more)
         else:
             row.append(", ".join(dict.fromkeys(site.equation for site in kind.members)))
         table.add_row(*row)
