@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class BlockReader:
         self._inputs = inputs
         self._factors = factors
         self._device = device
+        self._combining = threading.Lock()
         self.departures: dict[str, float] = {}
         """Of what is combined, by kernel and layer: how far it is from the sum of the deltas; see `combine.departure`."""
 
@@ -155,7 +157,9 @@ class BlockReader:
             scale = site.parameters.scale.value
             assert scale is not None, "a plan has no site without a scale"
             parts.append(Part(*arranged_factors(site, own), site.weight * self._plan.multiplier, scale))
-        found = combine(parts, self._plan.combining, name)
+        # One at a time: some hold whole deltas.
+        with self._combining:
+            found = combine(parts, self._plan.combining, name)
         self.departures[name] = departure(parts, found)
         return found
 

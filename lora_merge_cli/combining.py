@@ -162,6 +162,13 @@ def _refuse_site(combining: Combining, site: AdapterSite, where: str) -> None:
         raise UnsupportedCheckpoint(
             f"--combine {combining.method} of a trained bias, which PEFT does not combine", where=where, hint=hint
         )
+    if combining.prunes and combining.is_svd and set(site.parameters.equation.batch) - {"l"}:
+        raise UnsupportedCheckpoint(
+            f"--combine {combining.method} of kernels with a matrix per head or expert",
+            where=where,
+            found=str(site.parameters.equation),
+            hint=f"use {combining.operator} or svd, or merge without --combine",
+        )
     if combining.prunes and any(factor.at for factor in site.factors.values()):
         raise UnsupportedCheckpoint(
             f"--combine {combining.method} prunes whole tensors, and this kernel has a part of one",

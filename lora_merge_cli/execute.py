@@ -31,7 +31,7 @@ from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.operations.dora import Dora
 from lora_merge_cli.plan import MergePlan, Step
-from lora_merge_cli.reading import nbytes
+from lora_merge_cli.reading import nbytes, refuse_unequal
 from lora_merge_cli.records import Array, KeyPath, Replacement, display, first_names
 from lora_merge_cli.side_by_side import side_by_side
 from lora_merge_cli.survival import Moments
@@ -117,7 +117,7 @@ class Execution:
         self.factors = check_factors(self._plan, self._inputs, self._factor_reader)
         self._refuse_silence()
         for one, other in self._plan.equal:
-            self._refuse_unequal(one, other)
+            refuse_unequal(self._source, one, other)
         for copy in self._plan.copies:
             self._refuse_other_copy(copy)
 
@@ -145,18 +145,6 @@ class Execution:
             where=self._inputs.source(plan.sites[0].adapter if plan.sites else None).path,
             hint="the adapter was never trained, or this is the wrong step",
         )
-
-    def _refuse_unequal(self, one: KeyPath, other: KeyPath) -> None:
-        tensors = self._source.index().tensors
-        leaves = [(self._source, tensors[path]) for path in (one, other)]
-        if tensors[one].shape != tensors[other].shape or not all(
-            equals_rounded(first, second) for _, (first, second) in side_by_side(leaves)
-        ):
-            raise UnsupportedCheckpoint(
-                "two tensors that the configuration ties, and that differ",
-                where=f"{self._source.path} :: {display(one)} and {display(other)}",
-                hint="save the model again, or set tie_word_embeddings in its config.json to what is true",
-            )
 
     def _refuse_other_copy(self, copy: Replacement) -> None:
         theirs = self._inputs.source(copy.adapter)

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from lora_merge_cli.dialects import ScaleOptions, detect_dialect
+from lora_merge_cli.dialects import ScaleOptions, detect_dialect, looks_like_adapter
 from lora_merge_cli.errors import UnknownFormat, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint, Source
@@ -21,6 +21,20 @@ from lora_merge_cli.records import KeyPath
 
 Declared: TypeAlias = Mapping[KeyPath, np.dtype[Any]]
 """What a merge would store leaves in."""
+
+
+class Fused(Source, Protocol):
+    """A fine-tune whose adapters are merged as it is read."""
+
+    @property
+    def declared(self) -> Declared:
+        """What a merge would store each leaf in by default."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should make a reader of such a merge stop."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ def _on_base(part: FineTune, base: Checkpoint) -> FineTune:
 
 def joint_inputs(
     inputs: Inputs,
-    fused: Callable[[FineTune], tuple[Source, Declared]],
+    fused: Callable[[FineTune], Fused],
     joined: Callable[[Inputs, Sequence[Source]], Source],
 ) -> Inputs:
     """The inputs of an interpolation towards what fine-tunes are joined into.
@@ -68,15 +82,18 @@ def joint_inputs(
         fused: Merges a fine-tune's adapters.
         joined: Makes one source of all of them.
     """
-    sources: list[Source] = []
-    declared: list[Declared] = []
-    for part in inputs.joined:
-        source, dtypes = fused(part) if part.has_adapters else (part.inputs.checkpoint.source, {})
-        sources.append(source)
-        declared.append(dtypes)
-    stored = {path: declared[0].get(path, spec.dtype) for path, spec in sources[0].index().tensors.items()}
-    checkpoint = dataclasses.replace(inputs.checkpoint, source=joined(inputs, sources))
-    return dataclasses.replace(inputs, checkpoint=checkpoint, declared=stored)
+    merged = [fused(part) if part.has_adapters else None for part in inputs.joined]
+    sources: list[Source] = [
+        part.inputs.checkpoint.source if one is None else one for part, one in zip(inputs.joined, merged, strict=True)
+    ]
+    declared: Declared = {} if merged[0] is None else merged[0].declared
+    stored = {path: declared.get(path, spec.dtype) for path, spec in sources[0].index().tensors.items()}
+    return dataclasses.replace(
+        inputs,
+        checkpoint=dataclasses.replace(inputs.checkpoint, source=joined(inputs, sources)),
+        declared=stored,
+        warnings=tuple(f"{one.path}: {warning}" for one in merged if one is not None for warning in one.warnings),
+    )
 
 
 def of_fine_tune(inputs: Inputs, options: MergeOptions) -> MergeOptions:
@@ -98,11 +115,15 @@ def of_all(inputs: Inputs, options: MergeOptions) -> MergeOptions:
 def _open(base: Path, path: Path, step: int | None, dialect: str | None) -> Inputs:
     """Open one fine-tune: a checkpoint, or the base with an adapter."""
     try:
-        return open_inputs(path, step=step, dialect=dialect)
+        found = open_inputs(path, step=step, dialect=dialect)
     except UnknownFormat:
         open_adapter(path)
+        return open_inputs(base, [AdapterChoice(path)], dialect=dialect)
     except UsageError:
         # The dialect that the user names may be that of adapters beside the base.
         if dialect is None:
             raise
-    return open_inputs(base, [AdapterChoice(path)], dialect=dialect)
+        found = open_inputs(path, step=step)
+    if all(map(looks_like_adapter, found.checkpoint.source.index().tensors)):
+        return open_inputs(base, [AdapterChoice(path)], dialect=dialect)
+    return found

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_merge_cli.blocks import Block, BlockReader
 from lora_merge_cli.compare import equals_rounded
-from lora_merge_cli.errors import WrongBase
+from lora_merge_cli.errors import UnsupportedCheckpoint, WrongBase
 from lora_merge_cli.factors import FactorReader, check_factors
 from lora_merge_cli.fine_tunes import of_fine_tune
 from lora_merge_cli.formats.interface import Source, Stored
@@ -23,15 +23,16 @@ from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.leaf_work import ChainedWork, FusedWork, LeafWork, cast
 from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.options import MergeOptions
-from lora_merge_cli.plan import Step, plan_merge
-from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, region_shape
+from lora_merge_cli.plan import MergePlan, Step, plan_merge
+from lora_merge_cli.reading import refuse_unequal
+from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, first_names, region_shape
 
 
 class FusedSource:
     """A checkpoint with adapters inside, or a base with some beside it, as a `Source` of merged leaves.
 
-    Kernels under adapters are float32, whatever they are stored in: they are not rounded before something else is made of them.
-    All other leaves are as they are stored. With a base, deltas are added to its own values, as `merge --base` does.
+    What adapters change or bring is float32, whatever it is stored in: it is not rounded before something else is made of it. All
+    other leaves are as they are stored. With a base, deltas are added to its own values, as `merge --base` does.
 
     Args:
         inputs: What is merged.
@@ -39,7 +40,8 @@ class FusedSource:
         device: The JAX device to compute on.
 
     Raises:
-        Refused: The merge would be wrong or pointless; see `plan.plan_merge`.
+        Refused: The merge would be wrong or pointless, see `plan.plan_merge`; or it would change the model's configuration, which
+            several fine-tunes have in common.
         NonFiniteInput: A factor holds NaN or Inf.
     """
 
@@ -55,7 +57,10 @@ class FusedSource:
             step.output.path: step.output.dtype for step in plan_merge(inputs, plain).steps
         }
         """What a merge would store each leaf in by default."""
+        self.warnings: tuple[str, ...] = (*self._plan.warnings, *_assumptions(self._plan))
+        """What should make a reader of such a merge stop."""
         self._digests = check_factors(self._plan, inputs, self._factors).digests
+        _refuse_other_config(self._plan, inputs)
 
     @property
     def path(self) -> Path:
@@ -135,6 +140,25 @@ class FusedSource:
         if any(is_row_operation(site.operation) for site in step.sites):
             return ChainedWork(step, self._source, step.output.dtype, self._device)
         return FusedWork(step, 0, self._source, step.output.dtype)
+
+
+def _assumptions(plan: MergePlan) -> Iterator[str]:
+    """Scales that nobody states."""
+    sources = [site.parameters.scale.source for site in plan.sites if site.parameters.scale.assumed]
+    if sources:
+        yield f"{len(sources)} scales are assumed: {first_names(dict.fromkeys(sources), 2)}"
+
+
+def _refuse_other_config(plan: MergePlan, inputs: Inputs) -> None:
+    if plan.config:
+        raise UnsupportedCheckpoint(
+            "a fine-tune whose adapter changes the model's configuration, beside others",
+            where=inputs.source(0 if inputs.adapters else None).path,
+            found=", ".join(plan.config),
+            hint="merge it first, and join the result",
+        )
+    for one, other in plan.equal:
+        refuse_unequal(inputs.checkpoint.source, one, other)
 
 
 def recut(spec: TensorSpec, blocks: Iterator[tuple[Region, Array]], regions: Iterable[Region]) -> Iterator[Array]:

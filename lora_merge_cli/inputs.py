@@ -99,6 +99,8 @@ class Inputs:
     """How it is computed from them."""
     declared: Mapping[KeyPath, np.dtype[Any]] = field(default_factory=dict)
     """What leaves of a computed checkpoint count as stored in."""
+    warnings: tuple[str, ...] = ()
+    """What should make a reader stop, of how a computed checkpoint is made."""
 
     def source(self, adapter: int | None) -> Source:
         """The arrays of an adapter, by its number, or of the checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_merge_cli.fine_tunes import Declared, JoinRequest, joint_inputs, open_fine_tunes
+from lora_merge_cli.fine_tunes import JoinRequest, joint_inputs, open_fine_tunes
 from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.fused_source import FusedSource
 from lora_merge_cli.inputs import FineTune, Inputs
@@ -43,9 +43,8 @@ def open_joined(
 
     found = find_device(device)
 
-    def fused(part: FineTune) -> tuple[Source, Declared]:
-        source = FusedSource(part.inputs, options, found)
-        return source, source.declared
+    def fused(part: FineTune) -> FusedSource:
+        return FusedSource(part.inputs, options, found)
 
     def joined(inputs: Inputs, sources: Sequence[Source]) -> Source:
         return JoinedSource(inputs.anchor, sources, request.joining, inputs.dialect.canonical, found)

@@ -144,7 +144,9 @@ def lost_config(checkpoint: Checkpoint, plan: MergePlan, *, is_file: bool) -> tu
 
 def _dtype_changes(config: Mapping[str, Any], plan: MergePlan) -> Iterator[tuple[str, str]]:
     """A loader casts to the dtype that the configuration states: it must hold what is stored."""
-    recast = any(step.before is not None and step.output.dtype != step.before.dtype for step in plan.steps)
+    recast = any(
+        step.before is not None and step.output.dtype != (step.declared or step.before.dtype) for step in plan.steps
+    )
     stored = {step.output.dtype for step in plan.steps if is_float(step.output.dtype)}
     if not recast or not stored:
         return

@@ -80,6 +80,8 @@ class Step:
     """How much of the change to take: one for all of it, or one per stacked layer."""
     mixed: bool = False
     """Whether an alpha has a say in it."""
+    declared: np.dtype[Any] | None = None
+    """What `before` counts as stored in, where it is computed and has a dtype of its own."""
 
     def alpha_of(self, layer: int) -> float:
         """The alpha of one stacked layer."""
@@ -194,8 +196,8 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         multiplier=multiplier,
         serving_dtype=dialect.serving_dtype,
         notes=(*_notes(inputs, survey, selection, options), *found.notes),
-        warnings=survey.warnings,
-        peak_bytes=_peak_bytes(steps, factors.values()),
+        warnings=(*inputs.warnings, *survey.warnings),
+        peak_bytes=_peak_bytes(steps, factors.values()) + _combined_bytes(options.combining, steps),
         output_bytes=sum(step.output.nbytes for step in steps),
         combining=options.combining.of(len(inputs.adapters), selection.sites),
         mixing=options.mixing,
@@ -305,6 +307,7 @@ def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: 
         anchor=change.anchor,
         alphas=change.alphas,
         mixed=options.mixing is not None and change.is_mixed,
+        declared=change.declared,
     )
 
 
@@ -380,6 +383,13 @@ def _chunk(output: TensorSpec) -> tuple[int, ...]:
     row = math.prod(rest) * output.dtype.itemsize
     rows = 1 if len(rest) > 1 else even_part(first, max(1, _CHUNK_BYTES // max(row, 1)))
     return (rows, *(max(1, extent) for extent in rest))
+
+
+def _combined_bytes(combining: Combining, steps: Sequence[Step]) -> int:
+    """What a combination of whole deltas holds of one kernel: each delta pruned, stacked, weighted and its signs, and an SVD."""
+    if not (combining.prunes and combining.is_svd):
+        return 0
+    return max(((4 * len(step.sites) + 3) * 8 * step.output.size for step in steps if step.sites), default=0)
 
 
 def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:

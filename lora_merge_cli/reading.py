@@ -8,17 +8,22 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float
-from lora_merge_cli.errors import NonFiniteInput
+from lora_merge_cli.errors import NonFiniteInput, UnsupportedCheckpoint
+from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.plan import Step
 from lora_merge_cli.records import (
     Array,
+    KeyPath,
     Region,
     Replacement,
     TensorSpec,
+    display,
     region_shape,
 )
+from lora_merge_cli.side_by_side import side_by_side
 
 
 def scan_start(inputs: Inputs, step: Step, regions: Sequence[Region], pool: Executor | None = None) -> Iterator[Array]:
@@ -83,3 +88,21 @@ def _refuse_not_finite(inputs: Inputs, found: Replacement, values: Array) -> Non
 def nbytes(region: Region, spec: TensorSpec) -> int:
     """The size of a region of a leaf when decoded."""
     return int(np.prod(region_shape(region))) * spec.dtype.itemsize
+
+
+def refuse_unequal(source: Source, one: KeyPath, other: KeyPath) -> None:
+    """Refuse two leaves of one checkpoint that its configuration ties, and that differ.
+
+    Raises:
+        UnsupportedCheckpoint: They do, in a bit or in shape.
+    """
+    tensors = source.index().tensors
+    leaves = [(source, tensors[path]) for path in (one, other)]
+    if tensors[one].shape != tensors[other].shape or not all(
+        equals_rounded(first, second) for _, (first, second) in side_by_side(leaves)
+    ):
+        raise UnsupportedCheckpoint(
+            "two tensors that the configuration ties, and that differ",
+            where=f"{source.path} :: {display(one)} and {display(other)}",
+            hint="save the model again, or set tie_word_embeddings in its config.json to what is true",
+        )

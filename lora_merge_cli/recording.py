@@ -187,10 +187,11 @@ def joining_notes(joining: Joining | None) -> Sequence[str]:
 
 def with_departure(record: CombiningRecord | None, departures: Mapping[str, float]) -> CombiningRecord | None:
     """The record with the largest of some departures, by kernel."""
-    if record is None or not departures:
+    known = {name: off for name, off in departures.items() if math.isfinite(off)}
+    if record is None or not known:
         return record
-    worst = max(departures, key=lambda name: departures[name])
-    return dataclasses.replace(record, departure=finite(departures[worst]), departure_of=worst)
+    worst = max(known, key=lambda name: known[name])
+    return dataclasses.replace(record, departure=known[worst], departure_of=worst)
 
 
 def departure_note(record: CombiningRecord | None) -> Sequence[str]:
@@ -277,6 +278,9 @@ def plan_digest(inputs: Inputs, plan: MergePlan, output_format: str) -> str:
     """A digest of all that decides the output's values: two runs with one digest write the same arrays."""
     how = (plan.multiplier, plan.combining, inputs.joining)
     digest = hashlib.sha256(f"{__version__} {output_format} {how!r}".encode())
+    if inputs.joined:
+        # The fine-tunes' own adapters, with their scales, are in no step of the plan.
+        digest.update(inputs.checkpoint.source.fingerprint().encode())
     for role, opened in inputs.opened:
         digest.update(f"{role} {opened.source.fingerprint()}".encode())
         for file in _files_of(opened):

@@ -300,7 +300,7 @@ class CombiningRecord(_Record):
     """How signs were elected; null where they were not."""
     departure: float | None = None
     """The largest ``|combined - sum| / |sum|`` of all kernels, Frobenius: what cross terms, pruning and truncation amount to beside
-    the weighted sum of the deltas. Null before it is measured."""
+    the weighted sum of the deltas; kernels whose deltas cancel do not count. Null before it is measured."""
     departure_of: str | None = None
     """The kernel that has it, with its layer behind a ``#`` where layers are stacked."""
 

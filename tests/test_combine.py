@@ -428,3 +428,11 @@ def test_a_lora_bias_is_refused(
     biased = _adapter(cases, model, tmp_path / "biased", 3, target_modules=["q_proj"], lora_bias=True)
     outcome = cases.attempt(base, adapters[0], biased, out=tmp_path / "out", flags=("--combine", "linear"))
     assert outcome.code == 4 and "bias" in outcome.error
+
+
+def test_whole_deltas_per_head_are_refused() -> None:
+    heads = dataclasses.replace(_site(), parameters=LowRank(4, Scale(1.0, "x"), Equation("nir,nro->nio")))
+    with pytest.raises(UnsupportedCheckpoint, match="per head"):
+        refuse_uncombinable(Combining("ties_svd", 0.5), ["a", "b"], [heads])
+    refuse_uncombinable(Combining("ties", 0.5), ["a", "b"], [heads])
+    refuse_uncombinable(Combining("svd"), ["a", "b"], [heads])

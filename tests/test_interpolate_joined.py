@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tests.checkpoints import restore_flat, save_step
 from tests.command import Outcome, run
 from tests.interpolation import ALPHAS, Pair, llama_tensors, openpi_pair, read_model, write_model
-from tests.trees import ACTION, PALIGEMMA, build, nest
+from tests.trees import ACTION, BFLOAT16, PALIGEMMA, build, nest
 
 Tensors = Mapping[str, np.ndarray]
 TIES = ("--method", "ties", "--density", "0.4")
@@ -229,6 +230,48 @@ def test_options_of_adapters_need_adapters(paths: dict[str, Path], tmp_path: Pat
     assert "--scale is for adapters" in outcome.error
 
 
+def test_another_alpha_of_adapters_is_not_resumed(pair: Pair, tmp_path: Path) -> None:
+    command = (
+        "interpolate",
+        pair.base,
+        pair.tuned,
+        pair.tuned,
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "linear",
+        "--resume",
+    )
+    assert run(*command, "--lora-alpha", ALPHAS).code == 0
+    assert run(*command, "--lora-alpha", ALPHAS).code == 0
+    assert run(*command, "--lora-alpha", "paligemma=13,action_expert=3").code == 5
+
+
+def test_a_weight_of_0_takes_nothing(start: Tensors, paths: dict[str, Path], tmp_path: Path) -> None:
+    name = "lm_head.weight"
+    other = write_model(tmp_path / "other", moved(start, 2) | {name: start[name]})
+    flags = ("--method", "ties", "--density", "1", "--verify")
+    found = joined(paths, tmp_path / "out", [f"{paths['t1']}@0", other], *flags)
+    assert np.array_equal(found[name], start[name])
+
+
+def test_a_configuration_says_what_is_stored(start: Tensors, tmp_path: Path) -> None:
+    """Leaves are computed in float32, and stored as the fine-tunes have them: nothing is recast."""
+
+    def mixed(tensors: Tensors) -> dict[str, np.ndarray]:
+        return {name: value if "norm" in name else value.astype(BFLOAT16) for name, value in tensors.items()}
+
+    models = [
+        write_model(tmp_path / str(seed), mixed(moved(start, seed) if seed else start), torch_dtype="bfloat16")
+        for seed in range(3)
+    ]
+    outcome = run("interpolate", *models, "-o", tmp_path / "out", "--method", "linear")
+    assert outcome.code == 0, outcome.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    before, after = read_model(models[1]), read_model(tmp_path / "out")
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+
+
 # What makes no sense
 
 
@@ -268,3 +311,26 @@ def test_fine_tunes_of_other_trees_are_refused(start: Tensors, paths: dict[str, 
     outcome = run("interpolate", paths["base"], paths["t1"], lacking, "-o", tmp_path / "out", "--method", "linear")
     assert outcome.code == 4, outcome.stderr
     assert str(lacking) in outcome.error
+
+
+def test_an_adapter_s_file_is_a_fine_tune(tmp_path: Path) -> None:
+    """MiniMind's adapters are files of their own, with keys of adapters and nothing else."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    model = {f"model.layers.{n}.self_attn.q_proj.weight": torch.randn(6, 6, generator=generator) for n in range(2)}
+    factors = {}
+    for name in model:
+        module = name.removesuffix(".weight")
+        factors[f"{module}.lora.A.weight"] = torch.randn(2, 6, generator=generator)
+        factors[f"{module}.lora.B.weight"] = torch.randn(6, 2, generator=generator)
+    torch.save(model, tmp_path / "base.pth")
+    torch.save({name: value + 0.1 for name, value in model.items()}, tmp_path / "full.pth")
+    torch.save(factors, tmp_path / "lora.pth")
+    out = tmp_path / "out.pth"
+    flags = ("--method", "task-arithmetic", "--verify")
+    outcome = run("interpolate", tmp_path / "base.pth", tmp_path / "lora.pth", tmp_path / "full.pth", "-o", out, *flags)
+    assert outcome.code == 0, outcome.stderr
+    for name, value in torch.load(out).items():
+        module = name.removesuffix(".weight")
+        wanted = model[name] + factors[f"{module}.lora.B.weight"] @ factors[f"{module}.lora.A.weight"] + 0.1
+        assert (value - wanted).abs().max() < 1e-5

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig  # noqa: E402
 
 from tests import peft_cases as cases  # noqa: E402
+from tests.command import run  # noqa: E402
 from tests.peft_reference import exact  # noqa: E402
 
 COPY = "base_model.model.model.embed_tokens.base_layer.weight"
@@ -62,3 +63,13 @@ def test_a_copy_that_is_another_is_refused(adapters: tuple[Path, Path], base: Pa
     assert outcome.code == 4
     assert "embed_tokens" in outcome.error and "not as the base has it" in outcome.error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_unties_is_no_fine_tune_among_others(tmp_path: Path) -> None:
+    tied = cases.small_model("llama", tie_word_embeddings=True)
+    base = cases.save_base(tied, tmp_path / "base")
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["lm_head"])
+    adapter = cases.save_adapter(cases.reloaded(base), config, tmp_path / "adapter")
+    outcome = run("interpolate", base, adapter, "-o", tmp_path / "out", "--method", "linear")
+    assert outcome.code == 4
+    assert "changes the model's configuration" in outcome.error and "tie_word_embeddings" in outcome.error

@@ -8,8 +8,8 @@ Yadav et al., arXiv:2306.01708, section 4, as mergekit 0.1.5 does it by default 
 2. the sign of ``sum of w_i d_i`` is elected, 0 counting as plus;
 3. ``W = B + sum of w_i d_i / sum of w_i`` over those i whose ``w_i d_i`` has that sign; a divisor of 0 counts as 1.
 
-The divisor cancels a lone weight: one fine-tune alone moves by all of ``d_1`` whatever ``w_1``. At weight 1 and density 1 that is
-task arithmetic.
+The divisor cancels a lone weight: one fine-tune alone moves by all of ``d_1`` whatever ``w_1`` but 0. At weight 1 and density 1
+that is task arithmetic.
 
 The smallest size that is kept follows exactly from counts: sizes in float32 are ordered as their bits are, so one reading counts
 the upper 16 bits, and another one the lower 16 bits of the sizes that share the upper ones of the smallest kept.
@@ -44,7 +44,7 @@ def ties(terms: tuple[Term, ...], size: int, density: float, sizes: Sizes) -> Re
         density: The share to keep.
         sizes: Reads the bits of the differences' sizes, in the order of `terms`. Asked up to three times, at density 1 never.
     """
-    if density == 1 and len(terms) == 1:
+    if density == 1 and len(terms) == 1 and terms[0].weight:
         # Its weight cancels, and so does the base.
         return Recipe(0, (dataclasses.replace(terms[0], weight=1.0),)).simplest
     if density < 1 and terms:

@@ -62,6 +62,8 @@ class JudgedFused:
             path: leaf.dtype for path, leaf in self._leaves.items() if leaf.dtype is not None
         }
         """What a merge would store each leaf in by default."""
+        self.warnings: tuple[str, ...] = ()
+        """None: those of the merge say it."""
         self.computed = frozenset(path for path, leaf in self._leaves.items() if leaf.sites)
         """The kernels under adapters, which a merge computes in float32."""
         self.errors: Source = _Errors(self)

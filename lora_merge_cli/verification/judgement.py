@@ -12,7 +12,7 @@ from typing import TypeAlias
 from lora_merge_cli import __version__
 from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
-from lora_merge_cli.fine_tunes import Declared, JoinRequest, joint_inputs, open_fine_tunes
+from lora_merge_cli.fine_tunes import JoinRequest, joint_inputs, open_fine_tunes
 from lora_merge_cli.formats import open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint, Source
 from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, survey_inputs, tree_of
@@ -143,9 +143,8 @@ def judged_inputs(inputs: Inputs, options: MergeOptions) -> Inputs:
     if joining is None or isinstance(inputs.checkpoint.source, JointSource):
         return inputs
 
-    def fused(part: FineTune) -> tuple[Source, Declared]:
-        source = JudgedFused(part.inputs, options)
-        return source, source.declared
+    def fused(part: FineTune) -> JudgedFused:
+        return JudgedFused(part.inputs, options)
 
     def joined(inputs: Inputs, sources: Sequence[Source]) -> Source:
         return JointSource(inputs.anchor, sources, joining, inputs.dialect.canonical)
