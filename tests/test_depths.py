@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_merge_cli.dialects import DIALECTS, Dialect, adapter_dialects
+from lora_merge_cli.dialects.detached import Detached
 from lora_merge_cli.dialects.minimind import MiniMind
 from lora_merge_cli.dialects.nnx import Nnx
 from lora_merge_cli.dialects.openpi import OpenPI
@@ -234,7 +235,10 @@ MINIMIND = {
 }
 
 
-@pytest.mark.parametrize("dialect", [Plain(), MiniMind(), *adapter_dialects()], ids=lambda dialect: dialect.name)
+OF_TORCH_MODELS = [dialect for dialect in adapter_dialects() if not isinstance(dialect, Detached)]
+
+
+@pytest.mark.parametrize("dialect", [Plain(), MiniMind(), *OF_TORCH_MODELS], ids=lambda dialect: dialect.name)
 def test_what_is_merged_into_is_a_torch_model_for_every_dialect_beside_it(dialect: Dialect) -> None:
     assert torch_depths(MINIMIND, dialect) == {name: depth for name, depth in MINIMIND.items() if depth is not None}
 

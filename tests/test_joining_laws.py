@@ -101,7 +101,7 @@ def test_results_do_not_depend_on_what_is_asked_for(method: Any, seed: int, dtyp
     joined = joint({LEAF: base}, [{LEAF: values} for values in tuned], some(method, seed=seed))
     whole = joined.read(LEAF, full_region(shape))
     rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 10))
-    with mock.patch("lora_merge_cli.joining.arithmetic._CAPACITIES", (16,)):
+    with mock.patch("lora_merge_cli.joining.arithmetic._CAPACITY", 2**10):
         for region in grid(full_region(shape), (1, rows, 10)):
             (run,) = joined.scan(LEAF, [region])
             assert run.tobytes() == whole[region].tobytes()

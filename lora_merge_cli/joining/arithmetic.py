@@ -20,8 +20,8 @@ from lora_merge_cli.joining.ties import size_bits
 from lora_merge_cli.records import Array
 from lora_merge_cli.tiles import as_bits, widened
 
-_CAPACITIES = (2**12, 2**16, 2**20)
-"""How many entries a call computes; few, so that there are few programs."""
+_CAPACITY = 2**18
+"""How many entries a call computes, however few are asked for: a program of another size may round otherwise."""
 _HOST_ENTRIES = 2**15
 _ALL = 2**31 - 1
 
@@ -81,7 +81,7 @@ def joined(
     bits = np.array([t.kept.bits if isinstance(t.kept, Trim) else 0 for t in recipe.terms], np.uint32)
     size = values[0].size
     result = np.empty(size, np.float64 if wide else np.float32)
-    step = _HOST_ENTRIES if wide else next((c for c in _CAPACITIES if c >= size), _CAPACITIES[-1])
+    step = _HOST_ENTRIES if wide else _CAPACITY
     for start in range(0, size, step):
         part = slice(start, min(start + step, size))
         runs = [value[part] for value in values]
@@ -90,7 +90,7 @@ def joined(
         result[part] = (
             _on_host(shape, recipe, runs, keeps, bits, left)
             if wide
-            else _on_device(shape, recipe, runs, keeps, bits, left, step, device)
+            else _on_device(shape, recipe, runs, keeps, bits, left, device)
         )
     return result
 
@@ -113,13 +113,12 @@ def _on_device(
     keeps: list[Array],
     bits: Array,
     left: Array,
-    capacity: int,
     device: Any,
 ) -> Array:
     size = runs[0].size
     with np.errstate(over="ignore"):
         scale, weights = np.float32(recipe.scale), np.array([term.weight for term in recipe.terms]).astype(np.float32)
-    padded = [_padded(as_bits(run), capacity) for run in runs], [_padded(keep, capacity) for keep in keeps]
+    padded = [_padded(as_bits(run), _CAPACITY) for run in runs], [_padded(keep, _CAPACITY) for keep in keeps]
     arguments = jax.device_put((*padded, scale, weights, bits, left), device)
     return np.asarray(jax.device_get(_program(shape, *arguments)))[:size]
 

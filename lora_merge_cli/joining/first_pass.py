@@ -186,8 +186,8 @@ def _products(values: Sequence[Array], *, from_base: bool) -> Array:
         result = np.zeros((len(wide), len(wide)))
         for i, one in enumerate(wide):
             for k in range(i, len(wide)):
-                # Not BLAS: its sums depend on its threads.
-                result[i, k] = result[k, i] = np.einsum("i,i->", one, wide[k])
+                # Neither BLAS nor einsum: their sums depend on threads, and on where in memory the runs lie.
+                result[i, k] = result[k, i] = np.multiply(one, wide[k]).sum()
     return result
 
 
