@@ -17,7 +17,8 @@ from lora_merge_cli.options import MergeOptions, cast_dtype
 from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, Survey, TensorSpec, display
 from lora_merge_cli.selection import Selection
 
-_RESCALING = "dora"
+RESCALING = "dora"
+"""The operation that multiplies what it finds."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _refuse_unfit_rows(inputs: Inputs, found: Replacement, start: TensorSpec) ->
 
 def _refuse_meaningless(change: LeafChange, inputs: Inputs) -> None:
     owners = {site.adapter for site in change.sites} | {found.adapter for found in change.replacements}
-    rescaled = any(site.operation == _RESCALING for site in change.sites)
+    rescaled = any(site.operation == RESCALING for site in change.sites)
     weighed = any(found.weight != 1 for found in change.replacements)
     if change.replacements and rescaled and (len(owners) > 1 or weighed):
         raise UnsupportedCheckpoint(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_merge_cli.changes import LeafChange, leaf_changes
+from lora_merge_cli.changes import RESCALING, LeafChange, leaf_changes
 from lora_merge_cli.dialects import Dialect, looks_like_adapter
 from lora_merge_cli.errors import NothingToMerge, Refused, ShapeMismatch, UnsupportedCheckpoint, UsageError, WrongBase
 from lora_merge_cli.inputs import Inputs
@@ -26,7 +26,6 @@ from lora_merge_cli.records import (
 )
 from lora_merge_cli.selection import Selection, leaf_names, matches_any, site_names
 
-_RESCALING = "dora"
 _BY_BASE = "the base does not have it so, and --only-common base decides"
 
 
@@ -330,7 +329,7 @@ def _with_alphas(inputs: Inputs, found: Outline, mixing: Mixing) -> tuple[dict[K
 
 def _refuse_meaningless(inputs: Inputs, leaf: LeafChange) -> None:
     where = f"{inputs.checkpoint.source.path} :: {display(leaf.path)}"
-    rescaled = any(site.operation == _RESCALING for site in leaf.sites)
+    rescaled = any(site.operation == RESCALING for site in leaf.sites)
     if leaf.replacements and rescaled and not set(leaf.alphas) <= {0.0, 1.0}:
         raise UnsupportedCheckpoint(
             "DoRA on a replaced tensor, part of the way",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_merge_cli.changes import LeafChange, config_changes, output_dtype
+from lora_merge_cli.changes import RESCALING, LeafChange, config_changes, output_dtype
 from lora_merge_cli.combining import Combining, refuse_uncombinable
 from lora_merge_cli.dtypes import is_float, is_float8
 from lora_merge_cli.errors import (
@@ -39,7 +39,6 @@ from lora_merge_cli.records import (
 )
 from lora_merge_cli.selection import Selection, select
 
-_RESCALING = "dora"
 _BLOCK_BYTES = 8 * 2**20
 _CHUNK_BYTES = 128 * 2**20
 _BLOCKS_IN_FLIGHT = 12  # read ahead, on the device, and on their way to storage
@@ -234,7 +233,7 @@ def _notes(inputs: Inputs, survey: Survey, selection: Selection, options: MergeO
         if not is_row_operation(site.operation):
             kernels.setdefault(site.targets[0], []).append(site.operation)
     # The first to come rescales nothing but the base.
-    ordered = sum(_RESCALING in operations[1:] for operations in kernels.values())
+    ordered = sum(RESCALING in operations[1:] for operations in kernels.values())
     if ordered:
         yield (
             f"the order of the adapters counts: on {ordered} kernels DoRA rescales what the adapters before it made, as peft merges them"
