@@ -140,6 +140,7 @@ class BlockReader:
                 step.output.dtype,
                 self._plan.serving_dtype,
                 self._device,
+                step.rounding.choice(self._plan.rounding),
             )
 
         return tuple(update(each.alpha_of(layer)) for each in steps), None

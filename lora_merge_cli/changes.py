@@ -15,6 +15,7 @@ from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint, UsageErr
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.options import MergeOptions, cast_dtype
 from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, Survey, TensorSpec, display
+from lora_merge_cli.rounding import DENSE, NEAREST, ON_HOST, LeafRounding, Rounding, leaf_rounding, without_space
 from lora_merge_cli.selection import Selection
 
 RESCALING = "dora"
@@ -79,6 +80,31 @@ class LeafChange:
         if self.replacements and is_float(dtype) and dtype.itemsize < FLOAT32.itemsize:
             dtype = FLOAT32
         return TensorSpec(self.path, self.before.shape, dtype, self.before.kind)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is interpolated with another leaf, and not by its deltas alone."""
+        return self.anchor is not None and not (self.decided or self.sites)
+
+    def rounding(
+        self, stored: np.dtype[Any], serving: np.dtype[Any], asked: Rounding, by_row: str | None
+    ) -> LeafRounding:
+        """How it is rounded: what nothing is added to has no choice.
+
+        Args:
+            stored: What it is stored in.
+            serving: What servers cast it to.
+            asked: What the user asks for.
+            by_row: The operation of a site that is no low-rank product, if there is one.
+        """
+        if self.sites:
+            return leaf_rounding(asked, stored, serving, spaceless=None if by_row is None else without_space(by_row))
+        if not self.is_mixture:
+            return NEAREST
+        assert self.anchor is not None, "a mixture has two sides"
+        sides = (self.start.dtype, self.anchor.dtype)
+        mixes = all(is_float(dtype) and dtype.itemsize <= FLOAT32.itemsize for dtype in sides)
+        return leaf_rounding(asked, stored, serving, spaceless=DENSE if mixes else ON_HOST)
 
     @property
     def whole(self) -> Replacement | None:

@@ -1,4 +1,4 @@
-"""Random bits that are a function of a seed, a tensor's name and a position: what is kept where entries are dropped at random.
+"""Random bits that are a function of a seed, a tensor's name and a position: what dropping and rounding at random draw from.
 
 Any run of entries can be drawn by itself, in any order and on any machine, and every NumPy gives the same bits: only raw outputs of
 a counter-based generator are used, and compared as integers.
@@ -8,6 +8,9 @@ turns a key of two and a counter of four 64-bit words into four. The key is the 
 decimal, a zero byte, and the name in UTF-8; its words are little-endian. Entry ``i``, counted in row-major order, has word
 ``i mod 4`` of the block at counter ``i // 4 + 1``, and is kept where that is below ``floor(density * 2**64)``. The density is no
 part of the key: what a lower density keeps, a higher one keeps too.
+
+To be rounded, an entry takes 16 bits. The name in the key is then the leaf's, followed by a zero byte and ``rounding``; entry ``i``
+has the bits from ``16 * (i mod 4)`` on, least significant first, of word ``i // 4 mod 4`` of the block at counter ``i // 16 + 1``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 
 _WORDS = 4
+_LANES = 4
 _RUN = 2**20
 
 
@@ -74,6 +78,22 @@ def keep_run(seed: int, name: str, start: int, stop: int, density: float) -> np.
     # NumPy counts up before it draws: a generator that was set to a counter gives the block of the next one.
     words = np.random.Philox(key=_key(seed, name), counter=first).random_raw(stop - first * _WORDS)
     return np.asarray(words[start - first * _WORDS :] < np.uint64(threshold))
+
+
+def rounding_bits(seed: int, name: str, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """16 independent random bits for each of some entries of a leaf, in row-major order, whatever its shape.
+
+    Args:
+        seed: Any integer.
+        name: The leaf's name in the output.
+        start: The first entry, from 0.
+        stop: The entry behind the last one.
+    """
+    first, last = start // _LANES, -(-stop // _LANES)
+    block = first // _WORDS
+    generator = np.random.Philox(key=_key(seed, f"{name}\0rounding"), counter=block)
+    words = generator.random_raw(last - block * _WORDS).astype("<u8", copy=False)
+    return np.asarray(words.view("<u2")[start - block * _WORDS * _LANES : stop - block * _WORDS * _LANES])
 
 
 def _key(seed: int, name: str) -> np.ndarray[Any, np.dtype[np.uint64]]:

@@ -214,7 +214,7 @@ class Execution:
         step = steps[0]
         data: Stored | Iterator[SharedBlock]
         stored = self._stored(step)
-        if step.sites or step.is_mixture:
+        if step.is_computed:
             data = self._computed(step, self._works(steps), next(arriving), workers)
         elif stored is None:
             data = self._carried(step, next(arriving))
@@ -280,15 +280,15 @@ class Execution:
     def _works(self, steps: Sequence[Step]) -> list[LeafWork]:
         """What each output makes of a leaf."""
         step = steps[0]
-        serving = self._plan.serving_dtype
+        serving, rounding = self._plan.serving_dtype, self._plan.rounding
         if any(is_row_operation(site.operation) for site in step.sites):
-            return [ChainedWork(each, self._source, serving, self._device) for each in steps]
+            return [ChainedWork(each, self._source, serving, self._device, rounding) for each in steps]
         if step.sites:
-            return [FusedWork(each, number, self._source, serving) for number, each in enumerate(steps)]
+            return [FusedWork(each, number, self._source, serving, rounding) for number, each in enumerate(steps)]
         if not can_mix(step):
             return [HostWork(each, self._inputs) for each in steps]
         still = self._is_still(steps)
-        return [MixedWork(each, self._inputs, serving, self._device, still=still) for each in steps]
+        return [MixedWork(each, self._inputs, serving, self._device, rounding, still=still) for each in steps]
 
     def _is_still(self, steps: Sequence[Step]) -> bool:
         """Whether the fine-tune did not move a leaf, where only a look at all of it can tell: it is the base's, rounded.
@@ -300,7 +300,8 @@ class Execution:
         between = all(0 <= alpha <= 1 for each in steps for alpha in each.alphas)
         if step.before is None or step.anchor is None or step.replacements:
             return False
-        if step.anchor.dtype == step.before.dtype or (between and step.output.dtype == step.before.dtype):
+        rounds_back = between and step.output.dtype == step.before.dtype and step.rounding.grid is None
+        if step.anchor.dtype == step.before.dtype or rounds_back:
             return False
         sides = [(self._source, step.before), (self._inputs.anchor, step.anchor)]
         return all(equals_rounded(tuned, anchor) for _, (tuned, anchor) in side_by_side(sides))

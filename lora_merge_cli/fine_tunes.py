@@ -18,6 +18,7 @@ from lora_merge_cli.inputs import AdapterChoice, FineTune, Inputs, open_inputs, 
 from lora_merge_cli.joining.method import Joining
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.records import KeyPath
+from lora_merge_cli.rounding import Rounding
 
 Declared: TypeAlias = Mapping[KeyPath, np.dtype[Any]]
 """What a merge would store leaves in."""
@@ -102,7 +103,9 @@ def of_fine_tune(inputs: Inputs, options: MergeOptions) -> MergeOptions:
     An adapter beside the base states its scales; what is said of them is for those inside checkpoints.
     """
     scales = ScaleOptions() if inputs.adapters else options.scales
-    return dataclasses.replace(options, scales=scales, dtype="auto", dtype_untouched="keep", mixing=None)
+    return dataclasses.replace(
+        options, scales=scales, dtype="auto", dtype_untouched="keep", mixing=None, rounding=Rounding()
+    )
 
 
 def of_all(inputs: Inputs, options: MergeOptions) -> MergeOptions:

@@ -25,7 +25,7 @@ from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.plan import MergePlan, Step, plan_merge
 from lora_merge_cli.reading import refuse_unequal
-from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, first_names, region_shape
+from lora_merge_cli.records import Array, Index, KeyPath, Region, TensorSpec, first_names, offset, region_shape
 
 
 class FusedSource:
@@ -138,8 +138,8 @@ class FusedSource:
         if not step.sites:
             return None
         if any(is_row_operation(site.operation) for site in step.sites):
-            return ChainedWork(step, self._source, step.output.dtype, self._device)
-        return FusedWork(step, 0, self._source, step.output.dtype)
+            return ChainedWork(step, self._source, step.output.dtype, self._device, self._plan.rounding)
+        return FusedWork(step, 0, self._source, step.output.dtype, self._plan.rounding)
 
 
 def _assumptions(plan: MergePlan) -> Iterator[str]:
@@ -173,7 +173,7 @@ def recut(spec: TensorSpec, blocks: Iterator[tuple[Region, Array]], regions: Ite
     start = stop = 0
     for region in regions:
         size = math.prod(region_shape(region))
-        first = _offset(spec.shape, region)
+        first = offset(spec.shape, region)
         while stop < first + size:
             _, values = next(blocks)
             held.append(values.reshape(-1))
@@ -182,11 +182,3 @@ def recut(spec: TensorSpec, blocks: Iterator[tuple[Region, Array]], regions: Ite
                 start += held.pop(0).size
         flat = held[0] if len(held) == 1 else np.concatenate(held)
         yield flat[first - start : first - start + size].reshape(region_shape(region))
-
-
-def _offset(shape: tuple[int, ...], region: Region) -> int:
-    """The number of a region's first entry in row-major order."""
-    offset = 0
-    for part, extent in zip(region, shape, strict=True):
-        offset = offset * extent + part.start
-    return offset

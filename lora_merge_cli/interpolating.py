@@ -137,6 +137,7 @@ class PreparedInterpolation:
             output=None if self.output is None else str(self.output),
             mixing=first.mixing,
             joining=first.joining,
+            rounding=first.rounding,
             points=tuple(sorted(points, key=lambda point: point.alpha)),
             warnings=first.warnings,
             notes=(*first.notes, *_unmixed_note(first)),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lora_merge_cli.blocks import Block, Sides, at_most_float32
 from lora_merge_cli.compare import equals_rounded
+from lora_merge_cli.draws import rounding_bits
 from lora_merge_cli.dtypes import FLOAT32, is_float
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable, UnsupportedCheckpoint
 from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.operations import KernelUpdate, MixedLeaf, moments_of_no_change
 from lora_merge_cli.plan import Step
-from lora_merge_cli.records import Array
+from lora_merge_cli.records import Array, Region, offset, region_shape
+from lora_merge_cli.rounding import Rounding
 from lora_merge_cli.survival import Moments
 
 if TYPE_CHECKING:
@@ -50,10 +53,13 @@ class FusedWork:
         number: The output's number.
         source: Where the kernel comes from, for errors.
         serving_dtype: What servers cast it to.
+        rounding: How results are rounded.
     """
 
-    def __init__(self, step: Step, number: int, source: Source, serving_dtype: np.dtype[Any]) -> None:
-        self._step, self._number, self._source = step, number, source
+    def __init__(
+        self, step: Step, number: int, source: Source, serving_dtype: np.dtype[Any], rounding: Rounding
+    ) -> None:
+        self._step, self._number, self._source, self._rounding = step, number, source, rounding
         self._dtypes = step.output.dtype.name, serving_dtype.name
         self._layers: dict[int, KernelUpdate | Moments] = {}
 
@@ -63,7 +69,8 @@ class FusedWork:
         if update is None:
             return None
         kernel, base = self._operands(block)
-        return kernel, update.compute(block.inside, kernel, base)
+        bits = _bits(self._step, block.region, self._rounding.seed) if update.draws else None
+        return kernel, update.compute(block.inside, kernel, base, bits)
 
     def take(self, block: Block, computed: tuple[Array, FusedBlock] | None) -> Array:
         """See `LeafWork.take`."""
@@ -106,12 +113,16 @@ class ChainedWork:
         source: Where the kernel comes from, for errors.
         serving_dtype: What servers cast it to.
         device: The JAX device to compute on.
+        rounding: How results are rounded.
     """
 
-    def __init__(self, step: Step, source: Source, serving_dtype: np.dtype[Any], device: Any) -> None:
-        self._step = step
+    def __init__(
+        self, step: Step, source: Source, serving_dtype: np.dtype[Any], device: Any, rounding: Rounding
+    ) -> None:
+        self._step, self._rounding = step, rounding
         self._where = f"{source.path} :: {step.output.name}"
-        self._leaf = MixedLeaf(self._where, self._where, step.output.dtype, serving_dtype, device)
+        choice = step.rounding.choice(rounding)
+        self._leaf = MixedLeaf(self._where, self._where, step.output.dtype, serving_dtype, device, choice)
 
     def compute(self, block: Block) -> tuple[Array, Any]:
         """See `LeafWork.compute`."""
@@ -120,7 +131,8 @@ class ChainedWork:
         alpha, anchor = self._step.alpha_of(0), block.sides.anchor
         start = kernel if anchor is None else at_most_float32(anchor)
         changed = start if alpha == 0 else block.chain.apply(block.inside, kernel)
-        return changed, self._leaf.compute(changed, start, alpha)
+        bits = _bits(self._step, block.region, self._rounding.seed) if self._leaf.draws else None
+        return changed, self._leaf.compute(changed, start, alpha, bits)
 
     def take(self, block: Block, computed: tuple[Array, Any]) -> Array:
         """See `LeafWork.take`."""
@@ -151,13 +163,22 @@ class MixedWork:
         inputs: Where both sides come from.
         serving_dtype: What servers cast it to.
         device: The JAX device to compute on.
+        rounding: How results are rounded.
         still: Whether the fine-tune is known not to have moved it.
     """
 
     def __init__(
-        self, step: Step, inputs: Inputs, serving_dtype: np.dtype[Any], device: Any, *, still: bool = False
+        self,
+        step: Step,
+        inputs: Inputs,
+        serving_dtype: np.dtype[Any],
+        device: Any,
+        rounding: Rounding,
+        *,
+        still: bool = False,
     ) -> None:
         self._step, self._source, self._still = step, inputs.checkpoint.source, still
+        self._rounding = rounding
         assert step.anchor is not None, "a mixture has two sides"
         self._leaf = MixedLeaf(
             f"{inputs.checkpoint.source.path} :: {step.source.name}",
@@ -165,12 +186,14 @@ class MixedWork:
             step.output.dtype,
             serving_dtype,
             device,
+            step.rounding.choice(rounding),
         )
 
     def compute(self, block: Block) -> Any:
         """See `LeafWork.compute`."""
         tuned, anchor = _both(block)
-        return self._leaf.compute(tuned, tuned if self._still else anchor, self._alpha(block))
+        bits = _bits(self._step, block.region, self._rounding.seed) if self._leaf.draws else None
+        return self._leaf.compute(tuned, tuned if self._still else anchor, self._alpha(block), bits)
 
     def take(self, block: Block, computed: Any) -> Array:  # noqa: ARG002  (others need it)
         """See `LeafWork.take`."""
@@ -246,6 +269,12 @@ class HostWork:
     def finish(self) -> tuple[Moments, ...]:
         """See `LeafWork.finish`: nothing is measured."""
         return ()
+
+
+def _bits(step: Step, region: Region, seed: int) -> Array:
+    """The random bits of a run of a leaf's entries."""
+    start = offset(step.output.shape, region)
+    return rounding_bits(seed, step.output.name, start, start + math.prod(region_shape(region)))
 
 
 def unchanged(sides: Sides) -> Array:

@@ -13,9 +13,12 @@ import numpy as np
 
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.records import Array
-from lora_merge_cli.tiles import Tile, TileResult, as_bits, narrowed, over_tiles, pytree, rounded, widened
+from lora_merge_cli.rounding import Choice
+from lora_merge_cli.rounding_numerics import Neighbours, drawn, neighbours, preserved, stored
+from lora_merge_cli.tiles import Tile, TileResult, as_bits, in_turn, narrowed, over_tiles, pytree, rounded, widened
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_NEAREST = "to nearest"
 
 
 @pytree
@@ -43,6 +46,14 @@ class Block:
     """About the size of the delta. Squares are summed in squared units, so that float32 neither overflows nor loses them."""
     tiles: Any
     """How many tiles to compute. Rows behind them come back as zeros."""
+    inputs: Any = None
+    """U, an orthonormal basis of what lora_a's columns span, shaped as `basis`; only to preserve."""
+    penalty: Any = None
+    """See `rounding.penalty`, (B,), float32; only to preserve."""
+    carry: Any = None
+    """What `rounding_numerics.preserved` carries from the block before, (rank, N); only to preserve, and not if outputs first."""
+    bits: Any = None
+    """16 random bits per entry, (B * M, N), uint16; only to round stochastically."""
 
 
 @pytree
@@ -77,68 +88,112 @@ class FusedBlock:
     """Per row in squared units, where there is a gain. Without one the factors say it."""
     projected_delta: Any
     """``Q^T d``, as `RealisedSums.projected`, where there is a gain."""
+    nearest: RealisedSums | None = None
+    """Where there was a choice: what rounding to nearest would have left."""
+    moved: Any = None
+    """Per row, where a choice was made for a narrower dtype than the stored one: entries that are not the exact result."""
 
 
-def fuse_block(
-    block: Block, *, tile_rows: int, outputs_first: bool, dtype: str, serving_dtype: str, device: Any
-) -> FusedBlock:
+@dataclass(frozen=True)
+class StartedBlock:
+    """A block on its way: the device may still be computing it."""
+
+    fused: FusedBlock
+    """On the device."""
+    carry: Any
+    """What the next block of the matrix takes, on the device; None where it takes nothing."""
+    dtype: str
+    """The name of the dtype that is stored."""
+
+    def finish(self) -> FusedBlock:
+        """Wait for it, and fetch it."""
+        found: FusedBlock = jax.device_get(self.fused)
+        return dataclasses.replace(found, values=found.values.view(dtype_named(self.dtype)))
+
+
+def start_block(
+    block: Block,
+    *,
+    tile_rows: int,
+    outputs_first: bool,
+    dtype: str,
+    serving_dtype: str,
+    device: Any,
+    choice: Choice | None = None,
+) -> StartedBlock:
     """``(1 + gain) * (base or kernel) + left @ right`` in float32, rounded once to `dtype`.
 
     Args:
-        block: NumPy arrays.
+        block: NumPy arrays; but the carry, which is on the device already.
         tile_rows: The rows of a tile.
         outputs_first: Whether the kernel is outputs by inputs.
         dtype: The name of the dtype to round to.
         serving_dtype: The name of the dtype that a server will cast to; survival is measured for both.
         device: The JAX device to compute on.
+        choice: Which of two neighbours to take; None for the nearer one.
     """
     sources = tuple(None if values is None else values.dtype.name for values in (block.kernel, block.base))
     base = None if block.base is None else as_bits(block.base)
-    carried = dataclasses.replace(block, kernel=as_bits(block.kernel), base=base)
-    fused = _fuse(tile_rows, outputs_first, sources, dtype, serving_dtype, jax.device_put(carried, device))
-    found: FusedBlock = jax.device_get(fused)
-    return dataclasses.replace(found, values=found.values.view(dtype_named(dtype)))
+    sent = jax.device_put(dataclasses.replace(block, kernel=as_bits(block.kernel), base=base), device)
+    fused, carry = _fuse(tile_rows, outputs_first, sources, dtype, serving_dtype, choice, sent)
+    return StartedBlock(fused, carry, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _fuse(
     tile_rows: int,
     outputs_first: bool,
     sources: tuple[str, str | None],
     dtype: str,
     serving_dtype: str,
+    choice: Choice | None,
     block: Block,
-) -> FusedBlock:
-    def fuse(tile: Tile) -> TileResult:
+) -> tuple[FusedBlock, Any]:
+    dtypes = tuple(dict.fromkeys((dtype, serving_dtype)))
+
+    def fuse(tile: Tile, carry: Any) -> tuple[TileResult, Any]:
         kernel = widened(tile.rows(block.kernel), sources[0])
         changed = kernel if sources[1] is None else widened(tile.rows(block.base), sources[1])
-        delta = jnp.dot(tile.rows(block.left), tile.matrix(block.right), precision=_HIGHEST)
-        if block.gain is None:
-            result = changed + delta
-        else:
+        delta = product = jnp.dot(tile.rows(block.left), tile.matrix(block.right), precision=_HIGHEST)
+        factor = 1.0
+        if block.gain is not None:
             gain = tile.rows(block.gain)[:, None] if outputs_first else tile.matrix(block.gain)[None, :]
-            result = (1 + gain) * changed + delta
-            delta = gain * changed + delta
+            factor = 1 + gain
+            delta = gain * changed + product
+        result = factor * changed + product
 
         def projected(values: Any) -> Any:
             if outputs_first:
                 return jnp.dot(values, tile.matrix(block.basis), precision=_HIGHEST)
             return jnp.dot(tile.rows(block.basis).T, values, precision=_HIGHEST)
 
-        stored = rounded(result, dtype)
+        if choice is None:
+            values = rounded(result, dtype)
+        else:
+            # What the fine-tune ran on is what is to be preserved, also where another base is what it is added to.
+            aim = result if choice.method == "stochastic" else factor * kernel + product
+            chosen, carry = _chosen(block, tile, aim, choice, outputs_first, carry)
+            values = stored(result, chosen, choice, dtype)
         per_unit = 1 / block.unit
-        per_row = {"values": narrowed(stored, dtype), "kernel_sq": jnp.sum(kernel * kernel, axis=-1)}
+        per_row = {"values": narrowed(values, dtype), "kernel_sq": jnp.sum(kernel * kernel, axis=-1)}
         projections = {}
-        for name in dict.fromkeys((dtype, serving_dtype)):
-            # A server casts what is stored, so the stored values are what it rounds once more.
-            served = stored if name == dtype else rounded(stored, name)
-            q = served - (kernel if sources[0] == name else rounded(kernel, name))
+
+        def measure(name: str, kept: Any, grid: str) -> None:
+            q = kept - (kernel if sources[0] == grid else rounded(kernel, grid))
             error = (q - delta) * per_unit
             per_row[f"error_sq {name}"] = jnp.sum(error * error, axis=-1)
             per_row[f"unchanged {name}"] = jnp.sum(q == 0, axis=-1, dtype=jnp.int32)
             projections[name] = projected(q)
             if block.gain is not None:
                 per_row[f"q_dot_d {name}"] = jnp.sum((q * per_unit) * (delta * per_unit), axis=-1)
+
+        for name in dtypes:
+            # A server casts what is stored, so the stored values are what it rounds once more.
+            measure(name, values if name == dtype else rounded(values, name), name)
+        if choice is not None:
+            measure(_NEAREST, rounded(result, choice.grid), choice.grid)
+            if choice.grid != dtype:
+                per_row["moved"] = jnp.sum(values != result, axis=-1, dtype=jnp.int32)
         if block.gain is not None:
             per_row["delta_sq"] = jnp.sum(jnp.square(delta * per_unit), axis=-1)
             projections["delta"] = projected(delta)
@@ -146,27 +201,45 @@ def _fuse(
             per_row=per_row | ({"projected": projections} if outputs_first else {}),
             per_tile={"max_abs": jnp.max(jnp.abs(delta))},
             per_matrix={} if outputs_first else {"projected": projections},
-        )
+        ), carry
 
-    found = over_tiles(fuse, tile_rows, block.kernel.shape[0], block.right.shape[0], block.tiles)
+    found, carry = in_turn(fuse, block.carry, tile_rows, block.kernel.shape[0], block.right.shape[0], block.tiles)
     rows = found.per_row
     projections = (rows if outputs_first else found.per_matrix)["projected"]
-    return FusedBlock(
+
+    def sums(name: str) -> RealisedSums:
+        return RealisedSums(
+            error_sq=rows[f"error_sq {name}"],
+            unchanged=rows[f"unchanged {name}"],
+            projected=projections[name],
+            q_dot_d=rows.get(f"q_dot_d {name}"),
+        )
+
+    fused = FusedBlock(
         values=rows["values"],
         kernel_sq=rows["kernel_sq"],
         max_abs=found.per_tile["max_abs"],
-        realised={
-            name: RealisedSums(
-                error_sq=rows[f"error_sq {name}"],
-                unchanged=rows[f"unchanged {name}"],
-                projected=projections[name],
-                q_dot_d=rows.get(f"q_dot_d {name}"),
-            )
-            for name in dict.fromkeys((dtype, serving_dtype))
-        },
+        realised={name: sums(name) for name in dtypes},
         delta_sq=rows.get("delta_sq"),
         projected_delta=projections.get("delta"),
+        nearest=None if choice is None else sums(_NEAREST),
+        moved=rows.get("moved"),
     )
+    return fused, carry
+
+
+def _chosen(block: Block, tile: Tile, aim: Any, choice: Choice, outputs_first: bool, carry: Any) -> tuple[Any, Any]:
+    """The neighbours of a tile's values that are chosen, and what is carried on."""
+    found = neighbours(aim, choice.grid)
+    if choice.method == "stochastic":
+        return drawn(aim, found, tile.rows(block.bits)), carry
+    penalty = tile.matrix(block.penalty)
+    if not outputs_first:
+        return preserved(aim, found, tile.rows(block.inputs), penalty, carry)
+    turned = Neighbours(found.nearest.T, found.step.T)
+    start = jnp.zeros((block.inputs.shape[-1], aim.shape[0]), jnp.float32)
+    values, _ = preserved(aim.T, turned, tile.matrix(block.inputs), penalty, start)
+    return values.T, carry
 
 
 def output_squares(

@@ -14,8 +14,10 @@ from lora_merge_cli.dialects import ScaleOptions
 from lora_merge_cli.dtypes import dtype_named
 from lora_merge_cli.errors import UsageError
 from lora_merge_cli.mixing import Mixing
+from lora_merge_cli.rounding import Rounding
 
 DTYPE_CHOICES = ("auto", "keep", "float32", "bfloat16", "float16")
+SERVING_CHOICES = DTYPE_CHOICES[2:]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class MergeOptions:
     """How far to go from the base to the fine-tune; None for all the way, which is a merge."""
     combining: Combining = field(default_factory=Combining)
     """How several adapters on one kernel become one change."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """Which of a result's two neighbours is stored."""
+    serving_dtype: str | None = None
+    """What servers cast the result to, one of `SERVING_CHOICES`; what the model's servers are known for if None."""
+
+    def served(self, known: np.dtype[Any]) -> np.dtype[Any]:
+        """What servers cast the result to.
+
+        Args:
+            known: What they do where the user says nothing.
+        """
+        return known if self.serving_dtype is None else dtype_named(self.serving_dtype)
 
 
 def cast_dtype(choice: str, stored: np.dtype[Any], auto: np.dtype[Any]) -> np.dtype[Any]:
@@ -61,5 +75,9 @@ def check_options(options: MergeOptions, dtypes: Sequence[str] = DTYPE_CHOICES) 
     ):
         if value not in choices:
             raise UsageError(f"{flag} has no such value", expected=", ".join(choices), found=value)
+    if options.serving_dtype not in (None, *SERVING_CHOICES):
+        raise UsageError(
+            "--serving-dtype has no such value", expected=", ".join(SERVING_CHOICES), found=options.serving_dtype
+        )
     if not math.isfinite(options.multiplier):
         raise UsageError("--scale must be a finite number", found=options.multiplier)

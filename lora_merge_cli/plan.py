@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_merge_cli.changes import RESCALING, LeafChange, config_changes, output_dtype
 from lora_merge_cli.combining import Combining, refuse_uncombinable
-from lora_merge_cli.dtypes import is_float, is_float8
+from lora_merge_cli.dtypes import FLOAT32, is_float, is_float8
 from lora_merge_cli.errors import (
     AlreadyMerged,
     NothingToMerge,
@@ -37,6 +37,7 @@ from lora_merge_cli.records import (
     even_part,
     slab,
 )
+from lora_merge_cli.rounding import NEAREST, LeafRounding, Rounding
 from lora_merge_cli.selection import Selection, select
 
 _BLOCK_BYTES = 8 * 2**20
@@ -81,6 +82,8 @@ class Step:
     """Whether an alpha has a say in it."""
     declared: np.dtype[Any] | None = None
     """What `before` counts as stored in, where it is computed and has a dtype of its own."""
+    rounding: LeafRounding = NEAREST
+    """How it is rounded."""
 
     def alpha_of(self, layer: int) -> float:
         """The alpha of one stacked layer."""
@@ -95,6 +98,11 @@ class Step:
     def is_mixture(self) -> bool:
         """Whether it is interpolated with another leaf, and not by its deltas alone."""
         return self.mixed and not self.sites
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether something is added to it."""
+        return self.is_mixture or bool(self.sites)
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,8 @@ class MergePlan:
     """The size of all output arrays before compression."""
     combining: Combining = field(default_factory=Combining)
     """How several adapters on one kernel become one change."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """How results are rounded, where they have a choice."""
     mixing: Mixing | None = None
     """Of an interpolation: which alpha goes where."""
     unmixed: tuple[str, ...] = ()
@@ -193,12 +203,15 @@ def plan_merge(inputs: Inputs, options: MergeOptions) -> MergePlan:
         copies=survey.copies,
         config={**config_changes(inputs, survey, selection), **found.config},
         multiplier=multiplier,
-        serving_dtype=dialect.serving_dtype,
+        serving_dtype=options.served(dialect.serving_dtype),
         notes=(*_notes(inputs, survey, selection, options), *found.notes),
         warnings=(*inputs.warnings, *survey.warnings),
-        peak_bytes=_peak_bytes(steps, factors.values()) + _combined_bytes(options.combining, steps),
+        peak_bytes=_peak_bytes(steps, factors.values())
+        + _combined_bytes(options.combining, steps)
+        + _rounded_bytes(steps),
         output_bytes=sum(step.output.nbytes for step in steps),
         combining=options.combining.of(len(inputs.adapters), selection.sites),
+        rounding=options.rounding,
         mixing=options.mixing,
         unmixed=found.unmixed,
     )
@@ -307,7 +320,13 @@ def _step(inputs: Inputs, change: LeafChange, options: MergeOptions, base_spec: 
         alphas=change.alphas,
         mixed=options.mixing is not None and change.is_mixed,
         declared=change.declared,
+        rounding=_rounding(inputs, change, dtype, options),
     )
+
+
+def _rounding(inputs: Inputs, change: LeafChange, dtype: np.dtype[Any], options: MergeOptions) -> LeafRounding:
+    by_row = next((site.operation for site in change.sites if is_row_operation(site.operation)), None)
+    return change.rounding(dtype, options.served(inputs.dialect.serving_dtype), options.rounding, by_row)
 
 
 def _origin(change: LeafChange, dtype: np.dtype[Any]) -> Origin:
@@ -315,7 +334,7 @@ def _origin(change: LeafChange, dtype: np.dtype[Any]) -> Origin:
         return "created"
     if change.sites:
         return "changed"
-    if change.anchor is not None and not change.decided:
+    if change.is_mixture:
         return "mixed"
     if change.replacements:
         return "replaced"
@@ -389,6 +408,25 @@ def _combined_bytes(combining: Combining, steps: Sequence[Step]) -> int:
     if not (combining.prunes and combining.is_svd):
         return 0
     return max(((4 * len(step.sites) + 3) * 8 * step.output.size for step in steps if step.sites), default=0)
+
+
+def _rounded_bytes(steps: Sequence[Step]) -> int:
+    """What rounding to another value than the nearest holds besides: errors carried on, ranks by outputs, or random bits."""
+
+    def of(step: Step) -> int:
+        if step.rounding.method == "stochastic":
+            return _BLOCKS_IN_FLIGHT * math.prod(step.block) * 2
+        if step.rounding.method == "nearest":
+            return 0
+        equation = step.sites[0].parameters.equation
+        extents = dict(zip(equation.target, step.source.shape, strict=True))
+        rank, outputs = (
+            sum(site.parameters.rank for site in step.sites),
+            math.prod(extents[d] for d in equation.outputs),
+        )
+        return _BLOCKS_IN_FLIGHT * rank * outputs * FLOAT32.itemsize
+
+    return max(map(of, steps), default=0)
 
 
 def _peak_bytes(steps: Sequence[Step], factors: Collection[TensorSpec]) -> int:

@@ -27,6 +27,8 @@ from lora_merge_cli.recording import (
     mixed_records,
     mixing_record,
     plan_digest,
+    rounding_notes,
+    rounding_record,
     site_record,
     source_records,
 )
@@ -94,7 +96,7 @@ class Prepared:
     def site_record(self, site: AdapterSite) -> SiteRecord:
         """A site before its merge."""
         step = self.step_of(site)
-        return site_record(site, step.source, step.output.dtype.name, step.alphas)
+        return site_record(site, step.source, step.output.dtype.name, step.alphas, step.rounding)
 
     def groups(self) -> tuple[GroupRecord, ...]:
         """What the fine-tune froze and trained."""
@@ -117,6 +119,8 @@ class Prepared:
         output = self.request.output
         combining = self.request.options.combining.of(len(self.inputs.adapters), plan.sites)
         notes = [*plan.notes, *plan.model.advice, *combining_notes(combining), *joining_notes(self.inputs.joining)]
+        rounding = rounding_record(plan.rounding, ((s.rounding, s.output.dtype) for s in plan.steps if s.is_computed))
+        notes += rounding_notes(rounding, plan.serving_dtype.name)
         notes += [f"config.json: {key} becomes {value}" for key, value in config_corrections(checkpoint, plan).items()]
         if checkpoint.left_out:
             notes.append(f"left out: {', '.join(checkpoint.left_out)}")
@@ -141,6 +145,7 @@ class Prepared:
             "output_bytes": plan.output_bytes,
             "peak_bytes_planned": plan.peak_bytes,
             "parents": parents_of(checkpoint),
+            "rounding": rounding,
         }
         if plan.mixing is None:
             return MergeReport(**said, combining=combining_record(combining))

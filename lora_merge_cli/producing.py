@@ -21,7 +21,9 @@ from lora_merge_cli.execute import Execution, Outcome, delta_is_zero
 from lora_merge_cli.fan_out import FanOut, Writer
 from lora_merge_cli.formats.interface import PROVENANCE, LeafData
 from lora_merge_cli.listening import Listener, Silent
+from lora_merge_cli.operations import is_row_operation
 from lora_merge_cli.placing import companions_size, copy_companions
+from lora_merge_cli.plan import Step
 from lora_merge_cli.prepared import Prepared, parents_of, provenance_path
 from lora_merge_cli.recording import (
     departure_note,
@@ -186,6 +188,7 @@ class _Run:
                 prepared.site_record(site),
                 dict(enumerate(outcome.moments[site.targets[0]])),
                 prepared.plan.serving_dtype.name,
+                prepared.step_of(site).rounding,
                 factors.spectra[number],
                 factors.digests[number],
             )
@@ -301,21 +304,37 @@ def _warnings(prepared: Prepared, outcome: Outcome) -> Sequence[str]:
     zero = delta_is_zero(moments)
     if zero:
         warnings.append(f"{len(zero)} of {len(moments)} deltas are exactly zero: {first_names(zero, 3)}")
-    by_dtype: dict[str, list[float]] = {}
-    for layers in moments.values():
+    by_dtype: dict[str, list[tuple[float, Step]]] = {}
+    for path, layers in moments.items():
         total = Moments.total(layers)
         for dtype in total.realised:
             gain = total.survival(dtype).gain_along_inputs
             if gain is not None:
-                by_dtype.setdefault(dtype, []).append(gain)
+                by_dtype.setdefault(dtype, []).append((gain, steps[path]))
     stored = {step.output.dtype.name for step in steps.values()}
+    method = prepared.plan.rounding.method
     for dtype, gains in by_dtype.items():
-        low = [gain for gain in gains if gain < _GAIN_WORTH_A_WARNING]
-        if low:
-            where = "stored" if dtype in stored else "served"
-            advice = "store float32 with --dtype float32" if where == "stored" else "serve in float32"
-            warnings.append(
-                f"{where} as {dtype}, {len(low)} of {len(gains)} deltas lose more than 2 % "
-                f"(least gain along the adapter's inputs {min(low):.3f}): {advice}"
-            )
+        low = [(gain, step) for gain, step in gains if gain < _GAIN_WORTH_A_WARNING]
+        if not low:
+            continue
+        if dtype in stored:
+            where, remedy = "stored", "store float32 with --dtype float32"
+            preserving = "--rounding preserve"
+        else:
+            where, remedy = "served", "serve in float32"
+            preserving = f"--rounding preserve --serving-dtype {dtype}"
+            if all(step.output.dtype.itemsize < 4 for _, step in low):
+                preserving = f"--dtype float32 {preserving}"
+        chosen = sum(step.rounding.grid is not None and step.rounding.grid.name == dtype for _, step in low)
+        still = f"; --rounding {method} was used for {chosen} of them" if chosen else ""
+        # Not where it was used, nor where there is nothing that it could preserve.
+        mends = (
+            method != "preserve"
+            and dtype in ("bfloat16", "float16")
+            and any(not is_row_operation(site.operation) for _, step in low for site in step.sites)
+        )
+        warnings.append(
+            f"{where} as {dtype}, {len(low)} of {len(gains)} deltas lose more than 2 % (least gain along the adapter's inputs "
+            f"{min(gain for gain, _ in low):.3f}{still}): {f'merge with {preserving}, or ' if mends else ''}{remedy}"
+        )
     return warnings

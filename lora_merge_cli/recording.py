@@ -7,9 +7,12 @@ import hashlib
 import math
 import resource
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lora_merge_cli import __version__
 from lora_merge_cli.combining import Combining
@@ -30,10 +33,13 @@ from lora_merge_cli.report import (
     MixingRecord,
     OverrideRecord,
     PartRecord,
+    RoundedRecord,
+    RoundingRecord,
     SiteRecord,
     SourceRecord,
     SurvivalRecord,
 )
+from lora_merge_cli.rounding import NEAREST, LeafRounding, Rounding
 from lora_merge_cli.survival import Moments, Realised, finite
 
 if TYPE_CHECKING:
@@ -63,7 +69,13 @@ def source_record(role: str, checkpoint: Checkpoint, weight: float | None = None
     )
 
 
-def site_record(site: AdapterSite, spec: TensorSpec, dtype: str, alphas: tuple[float, ...] = (1.0,)) -> SiteRecord:
+def site_record(
+    site: AdapterSite,
+    spec: TensorSpec,
+    dtype: str,
+    alphas: tuple[float, ...] = (1.0,),
+    rounding: LeafRounding = NEAREST,
+) -> SiteRecord:
     """The record of a site before anything is measured.
 
     Args:
@@ -71,6 +83,7 @@ def site_record(site: AdapterSite, spec: TensorSpec, dtype: str, alphas: tuple[f
         spec: Its kernel before the merge.
         dtype: The name of the kernel's dtype after it.
         alphas: How much of the change an interpolation takes, see `LeafChange.alphas`.
+        rounding: How the kernel is rounded.
     """
     scale = site.parameters.scale
     return SiteRecord(
@@ -90,13 +103,28 @@ def site_record(site: AdapterSite, spec: TensorSpec, dtype: str, alphas: tuple[f
         adapter=site.adapter,
         weight=site.weight,
         alphas=alphas,
+        rounding=rounding.method,
     )
 
 
 def with_measurements(
-    record: SiteRecord, layers: Mapping[int, Moments], serving_dtype: str, spectrum: Sequence[float], digest: str
+    record: SiteRecord,
+    layers: Mapping[int, Moments],
+    serving_dtype: str,
+    rounding: LeafRounding,
+    spectrum: Sequence[float],
+    digest: str,
 ) -> SiteRecord:
-    """The record with what became of the delta, layer by layer and in all; where alpha is 0 there is none to measure."""
+    """The record with what became of the delta, layer by layer and in all; where alpha is 0 there is none to measure.
+
+    Args:
+        record: The site before.
+        layers: The sums of each stacked layer.
+        serving_dtype: The name of the dtype that servers cast to.
+        rounding: How the kernel is rounded.
+        spectrum: Singular values of its product of factors.
+        digest: That of its factors.
+    """
     total = Moments.total(layers.values())
     dtypes = tuple(dict.fromkeys((record.dtype, serving_dtype)))
     if not total.entries:
@@ -108,8 +136,17 @@ def with_measurements(
         spectrum=tuple(spectrum),
         adapter_digest=digest,
         survival=_survival(total, dtypes),
+        nearest=_to_nearest(total, rounding),
+        worth_from=None if rounding.grid is None else total.break_even(rounding.grid.name),
+        moved=_moved(total, record.dtype, rounding),
         layers=tuple(
-            LayerRecord(number, layer.relative_norm, finite(layer.max_abs), _survival(layer, dtypes))
+            LayerRecord(
+                number,
+                layer.relative_norm,
+                finite(layer.max_abs),
+                _survival(layer, dtypes),
+                _to_nearest(layer, rounding),
+            )
             for number, layer in layers.items()
             if layer.entries
         ),
@@ -194,6 +231,41 @@ def with_departure(record: CombiningRecord | None, departures: Mapping[str, floa
     return dataclasses.replace(record, departure=known[worst], departure_of=worst)
 
 
+def rounding_record(asked: Rounding, leaves: Iterable[tuple[LeafRounding, np.dtype[Any]]]) -> RoundingRecord | None:
+    """The record of how results are rounded; None for all to nearest.
+
+    Args:
+        asked: What the user asks for.
+        leaves: What each leaf that changes gets, and what it is stored in.
+    """
+    if asked.method == "nearest":
+        return None
+    given = list(leaves)
+    counts = Counter((rounding.method, rounding.reason) for rounding, _ in given)
+    widened = any(rounding.grid not in (None, stored) for rounding, stored in given)
+    return RoundingRecord(
+        method=asked.method,
+        mu=asked.mu if asked.method == "preserve" else None,
+        seed=asked.seed if asked.method == "stochastic" else None,
+        serving_values=asked.serving_values if widened else None,
+        leaves=tuple(RoundedRecord(method, count, reason) for (method, reason), count in counts.items()),
+    )
+
+
+def rounding_notes(record: RoundingRecord | None, serving_dtype: str) -> Sequence[str]:
+    """What who reads a wide file as it is should know, in words."""
+    if record is None or record.serving_values is None:
+        return []
+    sees = {
+        "cell": f"the exact result, but for entries that are up to half a step of {serving_dtype} off (`moved` counts them)",
+        "widened": f"what {serving_dtype} holds, and no more",
+    }
+    return [
+        f"leaves that are stored wider than {serving_dtype} are made for servers that cast them: who reads the file as it is sees "
+        + sees[record.serving_values]
+    ]
+
+
 def departure_note(record: CombiningRecord | None) -> Sequence[str]:
     """How far a combination is from the weighted sum of the deltas, in words."""
     if record is None or record.departure is None:
@@ -229,11 +301,19 @@ def mixed_records(plan: MergePlan, dialect: Dialect, moments: Mapping[KeyPath, M
 
 
 def _mixed_record(step: Step, part: str, serving_dtype: str, moments: Moments | None) -> MixedRecord:
-    record = MixedRecord(step.output.name, part, step.alphas, step.output.dtype.name, step.output.size)
+    rounding = step.rounding
+    name, dtype = step.output.name, step.output.dtype.name
+    record = MixedRecord(name, part, step.alphas, dtype, step.output.size, rounding=rounding.method)
     if moments is None:
         return record
     dtypes = tuple(dict.fromkeys((record.dtype, serving_dtype)))
-    return dataclasses.replace(record, relative_norm=moments.relative_norm, survival=_survival(moments, dtypes))
+    return dataclasses.replace(
+        record,
+        relative_norm=moments.relative_norm,
+        survival=_survival(moments, dtypes),
+        nearest=_to_nearest(moments, rounding),
+        moved=_moved(moments, dtype, rounding),
+    )
 
 
 def part_records(plan: MergePlan, dialect: Dialect, moments: Mapping[KeyPath, Moments]) -> tuple[PartRecord, ...]:
@@ -276,7 +356,7 @@ def _part_record(part: str, leaves: Sequence[tuple[Step, Moments]], serving_dtyp
 
 def plan_digest(inputs: Inputs, plan: MergePlan, output_format: str) -> str:
     """A digest of all that decides the output's values: two runs with one digest write the same arrays."""
-    how = (plan.multiplier, plan.combining, inputs.joining)
+    how = (plan.multiplier, plan.combining, inputs.joining, plan.rounding, plan.serving_dtype.name)
     digest = hashlib.sha256(f"{__version__} {output_format} {how!r}".encode())
     if inputs.joined:
         # The fine-tunes' own adapters, with their scales, are in no step of the plan.
@@ -305,6 +385,17 @@ def _files_of(checkpoint: Checkpoint) -> list[Path]:
 
 def _survival(moments: Moments, dtypes: Sequence[str]) -> tuple[SurvivalRecord, ...]:
     return tuple(SurvivalRecord(**dataclasses.asdict(moments.survival(dtype))) for dtype in dtypes)
+
+
+def _to_nearest(moments: Moments, rounding: LeafRounding) -> SurvivalRecord | None:
+    survival = None if rounding.grid is None else moments.survival_to_nearest(rounding.grid.name)
+    return None if survival is None else SurvivalRecord(**dataclasses.asdict(survival))
+
+
+def _moved(moments: Moments, dtype: str, rounding: LeafRounding) -> float | None:
+    if rounding.grid is None or rounding.grid.name == dtype or not moments.entries:
+        return None
+    return moments.moved / moments.entries
 
 
 def group_records(

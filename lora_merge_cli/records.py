@@ -328,6 +328,14 @@ def region_shape(region: Region) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in region)
 
 
+def offset(shape: Sequence[int], region: Region) -> int:
+    """The number of a region's first entry in row-major order."""
+    number = 0
+    for part, extent in zip(region, shape, strict=True):
+        number = number * extent + part.start
+    return number
+
+
 def relative(region: Region, origin: Region) -> Region:
     """`region` as seen from the start of `origin`."""
     return tuple(

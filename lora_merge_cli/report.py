@@ -16,6 +16,7 @@ _SCHEMA_CONFIG = {
 """How `reports.schema` reads the records."""
 
 CheckStatus = Literal["pass", "warn", "fail", "skip"]
+RoundingMethod = Literal["nearest", "stochastic", "preserve"]
 DifferenceStatus = Literal["equal", "rounded", "within", "changed", "only-a", "only-b", "reshaped"]
 
 
@@ -91,6 +92,8 @@ class LayerRecord(_Record):
     """The largest entry of the delta, absolute."""
     survival: tuple[SurvivalRecord, ...]
     """For the stored dtype, then for the serving one where it is another."""
+    nearest: SurvivalRecord | None = None
+    """See `SiteRecord.nearest`."""
     proof: ProofRecord | None = None
     """How the merged kernel compares with the model's own layer."""
 
@@ -143,6 +146,16 @@ class SiteRecord(_Record):
     """Entries of the result that are NaN or Inf: a merge with any is refused."""
     survival: tuple[SurvivalRecord, ...] = ()
     """For the stored dtype, then for the serving one where it is another."""
+    rounding: RoundingMethod = "nearest"
+    """How the kernel is rounded."""
+    nearest: SurvivalRecord | None = None
+    """What rounding to nearest would have kept, in the dtype that is rounded to; null where it is rounded to nearest."""
+    worth_from: float | None = None
+    """The share of an input's energy along the adapter's inputs from which the chosen rounding errs less than the nearest, on
+    average; a random input has rank / inputs. Null where it never does, or nothing was chosen."""
+    moved: float | None = None
+    """The share of entries of a wide file that are not the exact result, so that servers cast them to the chosen value; null where
+    the file is what is rounded."""
     proof: ProofRecord | None = None
     """How the merged kernel compares with the model's own layers, the worst one of each figure."""
     layers: tuple[LayerRecord, ...] = ()
@@ -322,6 +335,35 @@ class JoiningRecord(_Record):
 
 
 @dataclass(frozen=True)
+class RoundedRecord(_Record):
+    """Leaves that are rounded alike."""
+
+    rounding: RoundingMethod
+    """How."""
+    leaves: int
+    """How many of those that change."""
+    reason: str | None = None
+    """Why they are not rounded as was asked for; null if they are."""
+
+
+@dataclass(frozen=True)
+class RoundingRecord(_Record):
+    """Which of the two neighbours of a result is stored, other than the nearer one."""
+
+    method: RoundingMethod
+    """What was asked for."""
+    mu: float | None = None
+    """Of ``preserve``: what the noise of single entries counts beside the error along the adapter's inputs."""
+    seed: int | None = None
+    """Of ``stochastic``: what random bits are drawn from."""
+    serving_values: Literal["cell", "widened"] | None = None
+    """What wide files hold: exact values, moved only where servers would not cast them to the chosen one; or the chosen ones. Null
+    where no leaf is stored wider than it is rounded."""
+    leaves: tuple[RoundedRecord, ...] = ()
+    """What the leaves that change got."""
+
+
+@dataclass(frozen=True)
 class MixedRecord(_Record):
     """A leaf without a site that both sides have: it was interpolated between them."""
 
@@ -339,6 +381,12 @@ class MixedRecord(_Record):
     """``|alpha (W_tuned - W_base)| / |W_base|``, Frobenius; 0 where the fine-tune did not move it."""
     survival: tuple[SurvivalRecord, ...] = ()
     """How much of that change the stored dtype keeps, then the serving one; without figures along an adapter's inputs."""
+    rounding: RoundingMethod = "nearest"
+    """How it is rounded."""
+    nearest: SurvivalRecord | None = None
+    """See `SiteRecord.nearest`."""
+    moved: float | None = None
+    """See `SiteRecord.moved`."""
 
 
 @dataclass(frozen=True)
@@ -433,6 +481,8 @@ class ModelReport(Report):
     """Every adapter."""
     checks: tuple[CheckRecord, ...] = ()
     """The checks of the result; none of a merge without ``--verify``."""
+    rounding: RoundingRecord | None = None
+    """How results are rounded; null for all to nearest."""
 
     @property
     def failed(self) -> tuple[CheckRecord, ...]:
@@ -518,6 +568,8 @@ class SweepReport(Report):
     """Which alpha went where; `alpha` is the first output's."""
     points: tuple[PointRecord, ...]
     """Every alpha, ascending."""
+    rounding: RoundingRecord | None = None
+    """How results are rounded, at the first alpha; null for all to nearest."""
     joining: JoiningRecord | None = None
     """How several fine-tunes became one; null where there is one."""
 

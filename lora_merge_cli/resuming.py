@@ -90,4 +90,7 @@ def _with_survival(site: SiteRecord, document: dict[str, Any]) -> SiteRecord:
         relative_norm=document["relative_norm"],
         max_abs=document["max_abs"],
         survival=tuple(SurvivalRecord(**each) for each in document["survival"]),
+        nearest=None if document["nearest"] is None else SurvivalRecord(**document["nearest"]),
+        worth_from=document["worth_from"],
+        moved=document["moved"],
     )

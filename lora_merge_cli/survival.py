@@ -50,6 +50,14 @@ class Moments:
     entries: int = 0
     realised: dict[str, Realised] = field(default_factory=dict)
     """By the name of the dtype."""
+    nearest: Realised | None = None
+    """Where another rounding was chosen: what rounding to nearest would have left, in the dtype that was chosen in."""
+    moved: int = 0
+    """Entries of a wide file that are not the exact result, for the sake of what servers cast them to."""
+    rank: int = 0
+    """How many directions the adapters' inputs span, the most of any matrix; 0 where that is not known."""
+    inputs: int = 0
+    """How many inputs a matrix has; 0 where that is not known."""
 
     def add(self, other: Moments) -> None:
         """Add the sums of another part of the kernel."""
@@ -59,6 +67,12 @@ class Moments:
         self.entries += other.entries
         for name, sums in other.realised.items():
             self.realised.setdefault(name, Realised()).add(sums)
+        if other.nearest is not None:
+            self.nearest = self.nearest or Realised()
+            self.nearest.add(other.nearest)
+        self.moved += other.moved
+        self.rank = max(self.rank, other.rank)
+        self.inputs = max(self.inputs, other.inputs)
 
     @staticmethod
     def total(parts: Iterable[Moments]) -> Moments:
@@ -85,13 +99,45 @@ class Moments:
 
     def realised_sq(self, dtype: str) -> float:
         """``<q, q>`` for one dtype."""
-        sums = self.realised_of(dtype)
-        return max(sums.error_sq + 2 * sums.q_dot_d - self.delta_sq, 0.0)
+        return self._squared(self.realised_of(dtype))
 
     def survival(self, dtype: str) -> Survival:
         """The figures for one dtype."""
-        sums = self.realised_of(dtype)
-        realised_norm = math.sqrt(self.realised_sq(dtype))
+        return self._survival(dtype, self.realised_of(dtype))
+
+    def survival_to_nearest(self, dtype: str) -> Survival | None:
+        """The figures that rounding to nearest would have had in the dtype that was chosen in; None where it was to nearest."""
+        return None if self.nearest is None else self._survival(dtype, self.nearest)
+
+    def break_even(self, dtype: str) -> float | None:
+        """The share of an input's energy along the adapter's inputs from which the chosen rounding errs less than the nearest.
+
+        An input x with the share f of ``|x|^2`` in U's span, evenly spread there and outside, meets on average
+        ``f * S / rank + (1 - f) * (E - S) / (inputs - rank)`` of squared error per ``|x|^2``, E being the squared error of all
+        entries and S that along U. A random input has the share rank / inputs.
+
+        Args:
+            dtype: The name of the dtype that was chosen in.
+
+        Returns:
+            0 where the choice always errs less; None where it never does, or nothing was chosen.
+        """
+        rank, inputs = self.rank, self.inputs
+        if self.nearest is None or not 0 < rank < inputs:
+            return None
+        chosen = self.realised_of(dtype)
+        saved = (self.nearest.inputs_error_sq - chosen.inputs_error_sq) / rank
+        outside = [found.error_sq - found.inputs_error_sq for found in (chosen, self.nearest)]
+        added = (outside[0] - outside[1]) / (inputs - rank)
+        if saved <= 0:
+            return None
+        return max(added, 0.0) / (max(added, 0.0) + saved)
+
+    def _squared(self, sums: Realised) -> float:
+        return max(sums.error_sq + 2 * sums.q_dot_d - self.delta_sq, 0.0)
+
+    def _survival(self, dtype: str, sums: Realised) -> Survival:
+        realised_norm = math.sqrt(self._squared(sums))
         return Survival(
             dtype=dtype,
             gain=_ratio(sums.q_dot_d, self.delta_sq),

@@ -58,30 +58,47 @@ class TileResult(NamedTuple):
 
 def over_tiles(compute: Callable[[Tile], TileResult], height: int, rows: int, matrices: int, tiles: Any) -> TileResult:
     """Compute so many tiles one after the other; a loop of the device's own, so that its length is no part of the program."""
+    found, _ = in_turn(lambda tile, carry: (compute(tile), carry), (), height, rows, matrices, tiles)
+    return found
+
+
+def in_turn(
+    compute: Callable[[Tile, Any], tuple[TileResult, Any]],
+    carry: Any,
+    height: int,
+    rows: int,
+    matrices: int,
+    tiles: Any,
+) -> tuple[TileResult, Any]:
+    """As `over_tiles`, where each tile takes a tree of arrays from the one before; every matrix but the first starts from zeros."""
     count = rows // height
     per_matrix = max(1, count // matrices)
-    shapes = jax.eval_shape(lambda: compute(Tile(0, height, 0)))
+    shapes, _ = jax.eval_shape(lambda before: compute(Tile(0, height, 0), before), carry)
 
     def zeros(leading: int, like: Any, axes: int) -> Any:
         return jax.tree.map(lambda one: jnp.zeros((leading, *one.shape[axes:]), one.dtype), like)
 
-    def step(number: Any, seen: TileResult) -> TileResult:
+    def step(number: Any, so_far: tuple[TileResult, Any]) -> tuple[TileResult, Any]:
+        seen, before = so_far
         first, index = number * height, number // per_matrix
-        found = compute(Tile(first, height, index))
+        starts = (number > 0) & (number % per_matrix == 0)
+        before = jax.tree.map(lambda one: jnp.where(starts, jnp.zeros_like(one), one), before)
+        found, after = compute(Tile(first, height, index), before)
 
         def stacked(at: Any) -> Callable[[Any, Any], Any]:
             return lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, 0)
 
-        return TileResult(
+        result = TileResult(
             jax.tree.map(stacked(first), seen.per_row, found.per_row),
             jax.tree.map(lambda whole, part: stacked(number)(whole, part[None]), seen.per_tile, found.per_tile),
             jax.tree.map(lambda whole, part: whole.at[index].add(part), seen.per_matrix, found.per_matrix),
         )
+        return result, after
 
     start = TileResult(
         zeros(rows, shapes.per_row, 1), zeros(count, shapes.per_tile, 0), zeros(matrices, shapes.per_matrix, 0)
     )
-    result: TileResult = jax.lax.fori_loop(0, tiles, step, start)
+    result: tuple[TileResult, Any] = jax.lax.fori_loop(0, tiles, step, (start, carry))
     return result
 
 

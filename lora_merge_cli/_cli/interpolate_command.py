@@ -75,7 +75,7 @@ def interpolate(
             metavar="SHARE", help="Of ties and dare-ties: the share of the entries to keep.", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="What dare-ties draws from.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="What dare-ties and --rounding stochastic draw from.")] = 0,
     sequential: Annotated[
         bool,
         typer.Option(
@@ -111,6 +111,10 @@ def interpolate(
     scale: options.Scale = 1.0,
     dtype: options.DtypeOption = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
+    rounding: options.RoundingOption = options.Rounding.nearest,
+    mu: options.Mu = None,
+    serving_dtype: options.ServingDtypeOption = None,
+    serving_values: options.ServingValuesOption = None,
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
     step: options.Step = None,
@@ -154,7 +158,16 @@ def interpolate(
         _check_sides(bool(tuned), adapter, deltas_only)
         judging = options.judging(verify, sample, min_gain, strict, jobs)
         asked = options.merge_options(
-            lora_alpha, rslora, scale, dtype, dtype_untouched, include, exclude, residual_base
+            lora_alpha,
+            rslora,
+            scale,
+            dtype,
+            dtype_untouched,
+            include,
+            exclude,
+            residual_base,
+            rounding=options.rounding(rounding, mu, seed, serving_values),
+            serving_dtype=serving_dtype,
         )
         alphas = parse_alphas(alpha or (() if several is None else ("1",)))
         prepared = prepare_interpolation(

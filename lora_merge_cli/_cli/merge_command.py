@@ -20,6 +20,8 @@ EPILOG = """[bold]Examples[/bold]
 
   lora-merge merge Llama-base/ --adapter runs/adapter -o merged/
 
+  lora-merge merge checkpoints/run/29999 -o merged/29999 --dtype bfloat16 --rounding preserve
+
   lora-merge merge full_sft_512.pth --adapter lora_identity_512.pth -o merged_512.pth
 
   lora-merge merge base/ --adapter style/@0.7 --adapter noise/@-0.4 -o merged/ --to safetensors
@@ -58,6 +60,10 @@ def merge(
     scale: options.Scale = 1.0,
     dtype: options.DtypeOption = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
+    rounding: options.RoundingOption = options.Rounding.nearest,
+    mu: options.Mu = None,
+    serving_dtype: options.ServingDtypeOption = None,
+    serving_values: options.ServingValuesOption = None,
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
     step: options.Step = None,
@@ -106,6 +112,8 @@ def merge(
             exclude,
             residual_base,
             combining=options.combining(combine, density, seed, svd_rank, majority_sign, adapter),
+            rounding=options.rounding(rounding, mu, seed, serving_values),
+            serving_dtype=serving_dtype,
         )
         prepared = prepare(
             MergeRequest(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lora_merge_cli.combining import Combining
     from lora_merge_cli.mixing import Mixing
     from lora_merge_cli.options import MergeOptions
+    from lora_merge_cli.rounding import Rounding as RoundingChoice
     from lora_merge_cli.verification import Judging
 
 
@@ -73,10 +74,35 @@ class Compression(enum.StrEnum):
 
 
 class Rounding(enum.StrEnum):
+    """Values of ``--rounding`` of what writes a checkpoint."""
+
+    nearest = "nearest"
+    stochastic = "stochastic"
+    preserve = "preserve"
+
+
+class ExpectedRounding(enum.StrEnum):
     """Values of ``--rounding`` of a verification."""
 
     nearest = "nearest"
+    stochastic = "stochastic"
+    preserve = "preserve"
     any = "any"
+
+
+class ServingDtype(enum.StrEnum):
+    """Values of ``--serving-dtype``."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ServingValues(enum.StrEnum):
+    """Values of ``--serving-values``."""
+
+    cell = "cell"
+    widened = "widened"
 
 
 class Combine(enum.StrEnum):
@@ -161,7 +187,7 @@ Density = Annotated[
     float | None,
     typer.Option(help="The share of entries to keep, where --combine prunes: above 0, up to 1.", show_default=False),
 ]
-Seed = Annotated[int, typer.Option(help="What --combine dare_... draws from.")]
+Seed = Annotated[int, typer.Option(help="What --combine dare_... and --rounding stochastic draw from.")]
 SvdRank = Annotated[
     int | None,
     typer.Option(
@@ -211,6 +237,34 @@ DtypeOption = Annotated[
     Dtype, typer.Option(help="Of the leaves that change; auto: float32 for OpenPI, else the base's.")
 ]
 DtypeUntouchedOption = Annotated[DtypeUntouched, typer.Option(help="Of all other leaves.")]
+RoundingOption = Annotated[
+    Rounding,
+    typer.Option(
+        help="How the leaves that change are rounded: each entry to nearest, at random so that the mean is kept, or so that what "
+        "the adapter does to its inputs is preserved."
+    ),
+]
+Mu = Annotated[
+    float | None,
+    typer.Option(
+        help="Of --rounding preserve: from 0, what the noise of single entries counts; 1 if not given.",
+        show_default=False,
+    ),
+]
+ServingDtypeOption = Annotated[
+    ServingDtype | None,
+    typer.Option(
+        help="What servers cast the result to; what the model's are known to if not given.", show_default=False
+    ),
+]
+ServingValuesOption = Annotated[
+    ServingValues | None,
+    typer.Option(
+        help="What a float32 file holds under --rounding: cell (if not given), exact values, moved only where the server would cast "
+        "them to another one; or widened, the server's values.",
+        show_default=False,
+    ),
+]
 IncludeSites = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="GLOB", help="Only these sites. Repeatable.", show_default=False),
@@ -306,11 +360,14 @@ def merge_options(
     residual_base: bool,
     mixing: Mixing | None = None,
     combining: Combining | None = None,
+    rounding: RoundingChoice | None = None,
+    serving_dtype: str | None = None,
 ) -> MergeOptions:
     """What a merge, and its judge, are asked for."""
     from lora_merge_cli._cli.parsing import parse_scales
     from lora_merge_cli.combining import Combining
     from lora_merge_cli.options import MergeOptions
+    from lora_merge_cli.rounding import Rounding as RoundingChoice
 
     return MergeOptions(
         parse_scales(lora_alpha, rslora),
@@ -322,7 +379,38 @@ def merge_options(
         residual_base,
         mixing,
         combining or Combining(),
+        rounding or RoundingChoice(),
+        None if serving_dtype is None else str(serving_dtype),
     )
+
+
+def rounding(
+    method: str, mu: float | None, seed: int, serving_values: ServingValues | None, *, judged: bool = False
+) -> RoundingChoice:
+    """How results are rounded.
+
+    Args:
+        method: The value of ``--rounding``.
+        mu: Of ``preserve``; 1 if None.
+        seed: Of ``stochastic``.
+        serving_values: What wide files hold; ``cell`` if None.
+        judged: Whether ``any`` is a method too: it stands for whatever the kernels were rounded to.
+
+    Raises:
+        UsageError: A value makes no sense with the method.
+    """
+    from lora_merge_cli.errors import UsageError
+    from lora_merge_cli.rounding import Rounding as RoundingChoice
+
+    if mu is not None and method != "preserve":
+        raise UsageError("--mu is of --rounding preserve", hint="pass that too, or leave it out")
+    if serving_values is not None and method not in ("stochastic", "preserve"):
+        raise UsageError(
+            "--serving-values is of --rounding stochastic and preserve", hint="pass one of them, or leave it out"
+        )
+    values: Any = "cell" if serving_values is None else serving_values.value
+    chosen: Any = "nearest" if judged and method == "any" else str(method)
+    return RoundingChoice(chosen, 1.0 if mu is None else mu, seed, values)
 
 
 def combining(

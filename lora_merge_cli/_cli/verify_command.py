@@ -59,7 +59,10 @@ def verify(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="What --combine dare_... and --method dare-ties draw from.")
+        int,
+        typer.Option(
+            metavar="N", help="What --combine dare_..., --method dare-ties and --rounding stochastic draw from."
+        ),
     ] = 0,
     svd_rank: options.SvdRank = None,
     majority_sign: options.MajoritySignOption = options.MajoritySign.total,
@@ -95,8 +98,12 @@ def verify(
     ] = options.ExpectedDtype.any,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
     rounding: Annotated[
-        options.Rounding, typer.Option(help="How the fused kernels were rounded; any: to either neighbour.")
-    ] = options.Rounding.nearest,
+        options.ExpectedRounding,
+        typer.Option(help="How the leaves that change were rounded; any: each entry to either neighbour."),
+    ] = options.ExpectedRounding.nearest,
+    mu: options.Mu = None,
+    serving_dtype: options.ServingDtypeOption = None,
+    serving_values: options.ServingValuesOption = None,
     include: options.IncludeSites = None,
     exclude: options.ExcludeSites = None,
     step: options.Step = None,
@@ -140,8 +147,11 @@ def verify(
             None
             if several is not None
             else options.combining(combine, density, seed, svd_rank, majority_sign, adapter),
+            options.rounding(rounding, mu, seed, serving_values, judged=True),
+            serving_dtype,
         )
-        judging = Judging(sample, min_gain, strict, rounding.value, jobs)
+        any_rounding = rounding is options.ExpectedRounding.any
+        judging = Judging(sample, min_gain, strict, any_rounding, jobs)
         opened = open_request(
             VerifyRequest(
                 merged,

@@ -13,6 +13,7 @@ from lora_merge_cli.compare import count_non_finite, equals_rounded
 from lora_merge_cli.dtypes import FLOAT32, holds_all_values_of
 from lora_merge_cli.errors import LoraMergeError, NonFiniteInput, Unrepresentable
 from lora_merge_cli.records import Array
+from lora_merge_cli.rounding import Choice
 from lora_merge_cli.survival import Moments, Realised
 
 _GLANCE = 2**12
@@ -41,7 +42,7 @@ class MixedLeaf:
     - Nor does a block that did not move, the fine-tune being the base rounded to its own dtype, where the result would be rounded
       to that dtype again: whatever lies between a value and what it rounds to rounds to the same.
 
-    Law: an entry's result depends on its two values, alpha and the dtypes alone.
+    Law: an entry's result depends on its two values, alpha, the dtypes and, where it draws, its random bits alone.
 
     Args:
         where: The fine-tune's leaf as errors name it.
@@ -49,28 +50,45 @@ class MixedLeaf:
         dtype: What the result is stored in.
         serving_dtype: What a server will cast it to.
         device: The JAX device to compute on.
+        choice: Which of two neighbours is stored of what moved; None for the nearer one.
     """
 
     def __init__(
-        self, where: str, base_where: str, dtype: np.dtype[Any], serving_dtype: np.dtype[Any], device: Any
+        self,
+        where: str,
+        base_where: str,
+        dtype: np.dtype[Any],
+        serving_dtype: np.dtype[Any],
+        device: Any,
+        choice: Choice | None = None,
     ) -> None:
-        self._where, self._base_where = where, base_where
+        if choice is not None and choice.method != "stochastic":
+            raise ValueError(f"{choice.method} is of what has a low-rank input space")
+        self._where, self._base_where, self._choice = where, base_where, choice
         self._dtype, self._serving_dtype, self._device = dtype, serving_dtype, device
         self._moments = Moments()
 
-    def compute(self, tuned: Array, base: Array, alpha: float) -> Computed:
+    @property
+    def draws(self) -> bool:
+        """Whether `compute` takes random bits."""
+        return self._choice is not None
+
+    def compute(self, tuned: Array, base: Array, alpha: float, bits: Array | None = None) -> Computed:
         """Compute one block; keeps nothing, so any thread may.
 
         Args:
             tuned: The fine-tune's values, any shape and any floating dtype but float64.
             base: The base's, in the same shape and any such dtype.
             alpha: 0 is the base, 1 the fine-tune.
+            bits: 16 random bits for each entry; None if it takes none.
         """
         if alpha == 0:
             return self._selected(base, base, self._base_where)
         if self._ends_where_it_was(tuned, base, alpha):
             return self._selected(tuned, base, self._where)
-        values, moments = self._mixed(tuned, base, alpha)
+        values, moments = self._mixed(tuned, base, alpha, bits)
+        if alpha == 1 and self._choice is not None:
+            return Computed(values, moments, self._overflow(tuned, values, self._where))
         if alpha == 1:
             values = _cast(tuned, self._dtype)
             return Computed(values, moments, self._overflow(tuned, values, self._where))
@@ -100,7 +118,8 @@ class MixedLeaf:
 
     def _ends_where_it_was(self, tuned: Array, base: Array, alpha: float) -> bool:
         """Whether a block did not move, and the arithmetic would say so too."""
-        rounds_back = base.dtype == tuned.dtype or (self._dtype == tuned.dtype and 0 <= alpha <= 1)
+        again = self._choice is None and self._dtype == tuned.dtype and 0 <= alpha <= 1
+        rounds_back = base.dtype == tuned.dtype or again
         return not tuned.size or (rounds_back and _did_not_move(tuned, base))
 
     def _selected(self, values: Array, base: Array, where: str) -> Computed:
@@ -109,7 +128,7 @@ class MixedLeaf:
         moments = moments_of_no_change(base, (self._dtype.name, self._serving_dtype.name))
         return Computed(result, moments, self._overflow(values, result, where))
 
-    def _mixed(self, tuned: Array, base: Array, alpha: float) -> tuple[Array, Moments]:
+    def _mixed(self, tuned: Array, base: Array, alpha: float, bits: Array | None) -> tuple[Array, Moments]:
         from lora_merge_cli.mixing_numerics import BLOCK_ENTRIES, mix_block
 
         runs = [slice(first, first + BLOCK_ENTRIES) for first in range(0, tuned.size, BLOCK_ENTRIES)]
@@ -122,6 +141,8 @@ class MixedLeaf:
                 dtype=self._dtype.name,
                 serving_dtype=self._serving_dtype.name,
                 device=self._device,
+                choice=self._choice,
+                bits=None if bits is None else bits[run],
             )
             for run in runs
         ]

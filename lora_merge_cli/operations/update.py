@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,15 @@ from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
 from lora_merge_cli.lowrank import basis_within, column_basis
+from lora_merge_cli.operations.carries import Carries
 from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.interface import Contribution
 from lora_merge_cli.records import Array, Region
+from lora_merge_cli.rounding import Choice, penalty
 from lora_merge_cli.survival import Moments, Realised
 
 if TYPE_CHECKING:
-    from lora_merge_cli.numerics import FusedBlock
+    from lora_merge_cli.numerics import FusedBlock, RealisedSums, StartedBlock
 
 
 class KernelUpdate:
@@ -27,7 +30,8 @@ class KernelUpdate:
     Blocks may be computed at the same time, and are taken one after the other.
 
     Law: the values of a block depend on the leaf's shape, the contributions and the block alone, not on the order in which blocks
-    are asked for.
+    are asked for. Where rounding carries errors on (``preserve``, inputs first) they depend on the blocks of the matrix before it
+    too: those must be asked for in their order, each before the next, if by other threads.
 
     Args:
         where: The kernel as errors name it.
@@ -37,6 +41,7 @@ class KernelUpdate:
         dtype: What the result is stored in.
         serving_dtype: What a server will cast it to.
         device: The JAX device to compute on.
+        choice: Which of two neighbours is stored; None for the nearer one.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class KernelUpdate:
         dtype: np.dtype[Any],
         serving_dtype: np.dtype[Any],
         device: Any,
+        choice: Choice | None = None,
     ) -> None:
         self._where = where
         self._cut = cut(equation, shape)
@@ -56,19 +62,32 @@ class KernelUpdate:
         a, b = contribution.a, contribution.b
         gain = None if contribution.gain is None else contribution.gain.astype(FLOAT32)
         self._unit = _delta_unit(a, b, gain)
-        self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain)
+        self._choice = choice
+        mu = choice.mu if self._preserves and choice is not None else None
+        self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain, mu)
+        self._carries = Carries()
         self._moments = Moments()
         self._projections: dict[int, _Projection] = {}
 
-    def compute(self, region: Region, kernel: Array, base: Array | None) -> FusedBlock:
-        """Compute one block; keeps nothing, so any thread may.
+    @property
+    def draws(self) -> bool:
+        """Whether `compute` takes random bits."""
+        return self._choice is not None and self._choice.method == "stochastic"
+
+    @property
+    def _preserves(self) -> bool:
+        return self._choice is not None and self._choice.method == "preserve"
+
+    def compute(self, region: Region, kernel: Array, base: Array | None, bits: Array | None = None) -> FusedBlock:
+        """Compute one block; keeps nothing but what the next one carries on, so any thread may.
 
         Args:
             region: Where the block lies in the leaf.
             kernel: The values there that the adapters change, in the stored dtype.
             base: The values to change instead; None to use the kernel's.
+            bits: 16 random bits for each entry, one after the other; None if it takes none.
         """
-        from lora_merge_cli.numerics import Block, fuse_block
+        from lora_merge_cli.numerics import Block, start_block
 
         shape = self._cut
         first, rows = shape.rows_of(region)
@@ -82,15 +101,39 @@ class KernelUpdate:
             gain=gain,
             unit=self._unit,
             tiles=np.int32(-(-rows // shape.tile_rows)),
+            **self._operands.inputs_of(first, rows),
+            bits=None if bits is None else _padded(bits.reshape(rows, -1), shape.block_rows),
         )
-        return fuse_block(
-            block,
-            tile_rows=shape.tile_rows,
-            outputs_first=shape.outputs_first,
-            dtype=self._dtype.name,
-            serving_dtype=self._serving_dtype.name,
-            device=self._device,
-        )
+
+        def start(carry: Any) -> StartedBlock:
+            return start_block(
+                dataclasses.replace(block, carry=carry),
+                tile_rows=shape.tile_rows,
+                outputs_first=shape.outputs_first,
+                dtype=self._dtype.name,
+                serving_dtype=self._serving_dtype.name,
+                device=self._device,
+                choice=self._choice,
+            )
+
+        if not self._preserves or shape.outputs_first:
+            return start(None).finish()
+        return self._started_in_turn(first, rows, start).finish()
+
+    def _started_in_turn(self, first: int, rows: int, start: Callable[[Any], StartedBlock]) -> StartedBlock:
+        """Start a block with what the one before it carries on, as soon as that is started: the device knows to wait."""
+        shape, behind = self._cut, first + rows
+        goes_on = behind % shape.rows != 0
+        try:
+            begins = first % shape.rows == 0
+            started = start(self._operands.no_carry() if begins else self._carries.take(first))
+        except BaseException:
+            if goes_on:
+                self._carries.give_up(behind)
+            raise
+        if goes_on:
+            self._carries.put(behind, started.carry)
+        return started
 
     def take(self, region: Region, kernel: Array, fused: FusedBlock) -> Array:
         """Check a computed block, add its sums, and return its values.
@@ -136,25 +179,30 @@ class KernelUpdate:
 
     def _sums(self, fused: FusedBlock, rows: int) -> Moments:
         unit = float(self._unit) ** 2
+
+        def realised(sums: RealisedSums) -> Realised:
+            return Realised(
+                q_dot_d=0.0 if sums.q_dot_d is None else _total(sums.q_dot_d[:rows]) * unit,
+                error_sq=_total(sums.error_sq[:rows]) * unit,
+                unchanged=int(np.sum(sums.unchanged[:rows], dtype=np.int64)),
+            )
+
         return Moments(
             delta_sq=0.0 if fused.delta_sq is None else _total(fused.delta_sq[:rows]) * unit,
             kernel_sq=_total(fused.kernel_sq[:rows]),
             max_abs=float(fused.max_abs.max(initial=0.0)),
             entries=rows * self._cut.columns,
-            realised={
-                name: Realised(
-                    q_dot_d=0.0 if sums.q_dot_d is None else _total(sums.q_dot_d[:rows]) * unit,
-                    error_sq=_total(sums.error_sq[:rows]) * unit,
-                    unchanged=int(np.sum(sums.unchanged[:rows], dtype=np.int64)),
-                )
-                for name, sums in fused.realised.items()
-            },
+            realised={name: realised(sums) for name, sums in fused.realised.items()},
+            nearest=None if fused.nearest is None else realised(fused.nearest),
+            moved=0 if fused.moved is None else int(np.sum(fused.moved[:rows], dtype=np.int64)),
         )
 
     def _project(self, first: int, rows: int, fused: FusedBlock) -> None:
         """Add ``Q^T q`` of a block; compare it with ``Q^T d`` for each matrix all of whose rows are in."""
         shape = self._cut
         projected = {name: sums.projected for name, sums in fused.realised.items()}
+        if fused.nearest is not None:
+            projected[_NEAREST] = fused.nearest.projected
         if fused.projected_delta is not None:
             projected[_IDEAL] = fused.projected_delta
         for matrix in range(first // shape.rows, -(-(first + rows) // shape.rows)):
@@ -178,11 +226,14 @@ class KernelUpdate:
             # Without a gain d lies in Q's span, so that nothing of it is lost in the projection.
             self._moments.delta_sq += float(np.sum(np.square(ideal)))
         within = self._operands.basis_within(matrix)
+        self._moments.add(Moments(rank=int(np.count_nonzero(within.any(axis=1))), inputs=self._operands.inputs))
         along = within @ ideal
         along_sq = float(np.sum(np.square(along)))
         for name, values in projected.items():
             realised = within @ values
-            self._moments.realised[name].add(
+            sums = self._moments.nearest if name == _NEAREST else self._moments.realised[name]
+            assert sums is not None, "it was measured with the block"
+            sums.add(
                 Realised(
                     q_dot_d=0.0 if has_gain else float(np.sum(values * ideal)),
                     inputs_q_dot_d=float(np.sum(realised * along)),
@@ -192,7 +243,7 @@ class KernelUpdate:
             )
 
 
-_IDEAL = "ideal"
+_IDEAL, _NEAREST = "ideal", "to nearest"
 
 
 class _Projection:
@@ -211,7 +262,9 @@ class _Projection:
 class _Operands:
     """The contributions to a kernel as its blocks take them, see `numerics.Block`."""
 
-    def __init__(self, shape: Cut, a: Array, b: Array, basis: Array, r: Array, gain: Array | None) -> None:
+    def __init__(
+        self, shape: Cut, a: Array, b: Array, basis: Array, r: Array, gain: Array | None, mu: float | None = None
+    ) -> None:
         self._shape = shape
         rank = a.shape[-1]
         inputs = shape.columns if shape.outputs_first else shape.rows
@@ -223,31 +276,61 @@ class _Operands:
         self._right = np.ascontiguousarray(right)
         self._basis = basis if shape.outputs_first else basis.reshape(-1, rank)
         self._gain = None if gain is None else gain.reshape(-1 if shape.outputs_first else (shape.matrices, outputs))
-        self._inputs = inputs
+        self.inputs = inputs
         self._b, self._r = b, r.reshape(shape.matrices, rank, rank)
+        self._span: Array | None = None
+        if mu is not None:
+            span = self._spanned(a, basis)
+            ranks = np.count_nonzero(span.any(axis=1), axis=-1)
+            self._penalties = np.array([penalty(mu, int(each), inputs) for each in ranks], np.float32)
+            self._span = span if shape.outputs_first else span.reshape(-1, rank)
 
     def of(self, first: int, rows: int) -> tuple[Array, Array, Array, Array | None]:
         """`left`, `right`, `basis` and `gain` of a block, by its first row and its number of rows."""
-        shape = self._shape
-        row_part = slice(first, first + rows)
-        matrix_part = slice(first // shape.rows, -(-(first + rows) // shape.rows))
-
-        def padded(values: Array) -> Array:
-            return _padded(values[row_part], shape.block_rows)
-
-        # A block of several matrices may have fewer of them at the leaf's end: the program is one of as many as in a full one.
-        def stacked(values: Array) -> Array:
-            return _padded(values[matrix_part], max(1, shape.block_rows // shape.rows))
-
         gain = self._gain
-        if shape.outputs_first:
+        if self._shape.outputs_first:
             return (
-                padded(self._left),
-                stacked(self._right),
-                stacked(self._basis),
-                None if gain is None else padded(gain),
+                self._per_row(self._left, first, rows),
+                self._per_matrix(self._right, first, rows),
+                self._per_matrix(self._basis, first, rows),
+                None if gain is None else self._per_row(gain, first, rows),
             )
-        return padded(self._left), stacked(self._right), padded(self._basis), None if gain is None else stacked(gain)
+        return (
+            self._per_row(self._left, first, rows),
+            self._per_matrix(self._right, first, rows),
+            self._per_row(self._basis, first, rows),
+            None if gain is None else self._per_matrix(gain, first, rows),
+        )
+
+    def inputs_of(self, first: int, rows: int) -> dict[str, Array]:
+        """`inputs` and `penalty` of a block; nothing if nothing is to be preserved."""
+        if self._span is None:
+            return {}
+        cut = self._per_matrix if self._shape.outputs_first else self._per_row
+        return {
+            "inputs": cut(self._span, first, rows),
+            "penalty": self._per_matrix(self._penalties, first, rows),
+        }
+
+    def no_carry(self) -> Array:
+        """What the first block of a matrix starts from."""
+        return np.zeros((self._b.shape[1], self._shape.columns), np.float32)
+
+    def _per_row(self, values: Array, first: int, rows: int) -> Array:
+        return _padded(values[first : first + rows], self._shape.block_rows)
+
+    def _per_matrix(self, values: Array, first: int, rows: int) -> Array:
+        # A block of several matrices may have fewer of them at the leaf's end: the program is one of as many as in a full one.
+        shape = self._shape
+        part = values[first // shape.rows : -(-(first + rows) // shape.rows)]
+        return _padded(part, max(1, shape.block_rows // shape.rows))
+
+    def _spanned(self, a: Array, basis: Array) -> Array:
+        """U: orthonormal, without the directions of Q that carry nothing of lora_a."""
+        span = np.stack([q @ self.basis_within(matrix).T for matrix, q in enumerate(basis)]).astype(FLOAT32)
+        # What the adapter does not look at is to nearest; roundings of a zero would be something to look at.
+        span[~a.any(axis=-1)] = 0
+        return span
 
     def projected_delta(self, matrix: int) -> Array:
         """``Q^T d = R B`` of one matrix without forming ``d``; rank by outputs, float64."""
@@ -255,7 +338,7 @@ class _Operands:
 
     def basis_within(self, matrix: int) -> Array:
         """See `lowrank.basis_within`."""
-        return basis_within(self._r[matrix], self._inputs)
+        return basis_within(self._r[matrix], self.inputs)
 
 
 class OutputNorms:
