@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from lora_merge_cli.compare import Comparison
 from lora_merge_cli.errors import UsageError
@@ -35,6 +34,7 @@ CHECK_IDS = (
 _MANY = 8
 _NOTHING = 0.01
 _SAME_DIRECTION = 0.995
+_ALMOST_ALL = 0.03
 _NO_DELTA = "at alpha 0 no adapter adds anything"
 
 
@@ -48,8 +48,8 @@ class Judging:
     """The least gain along an adapter's inputs that needs no warning."""
     strict: bool = False
     """Whether a lesser gain fails."""
-    rounding: Literal["nearest", "any"] = "nearest"
-    """How the kernels were rounded to their stored dtype: to nearest, or to either neighbour."""
+    any_rounding: bool = False
+    """Whether entries may be either neighbour of what they should be, whatever was asked for."""
     jobs: int | None = None
     """How many threads compute; see `jobs.jobs_or_default`."""
 
@@ -231,8 +231,8 @@ def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> Chec
     message = f"{kernels} of {len(findings.sites)} kernels are not what their adapters make: {'; '.join(reasons[:3])}"
     if not has_base and all(_looks_unrounded(verdict) for _, _, verdict in wrong.values()):
         message += "; as if the delta were added to unrounded kernels: if it was made with --base, pass that here too"
-    elif judging.rounding == "nearest" and 1 < shares[worst] <= 2 and _all_narrow(findings, wrong.values()):
-        message += "; within one ulp: pass --rounding any if it was not rounded to nearest"
+    else:
+        message += _other_rounding(findings, judging, wrong.values())
     ordered = sorted(wrong, key=lambda where: -shares[where])
     return CheckRecord("fused-exact", "fail", message + sampled, figures, tuple(ordered[:_MANY]))
 
@@ -240,6 +240,24 @@ def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> Chec
 def _looks_unrounded(verdict: LayerVerdict) -> bool:
     """Whether most entries are off, and none by more than the rounding of the kernel in the checkpoint."""
     return not verdict.off_the_rounding and 2 * verdict.beyond > verdict.moments.entries
+
+
+def _other_rounding(findings: Findings, judging: Judging, wrong: Collection[tuple[str, int, LayerVerdict]]) -> str:
+    """Which other rounding would make it right."""
+    if judging.any_rounding or any(verdict.no_neighbours for _, _, verdict in wrong):
+        return ""
+    asked = {findings.sites[site].rounding.method for site, _, _ in wrong}
+    if asked == {"nearest"}:
+        if not _all_narrow(findings, wrong):
+            return ""
+        return (
+            "; within one ulp: pass --rounding stochastic or preserve, as it was made with, or --rounding any if it was not rounded "
+            "to nearest"
+        )
+    if not any(verdict.not_nearest for _, _, verdict in wrong):
+        return "; as if rounded to nearest: leave out --rounding if it was"
+    seed_or_mu = "--seed" if "stochastic" in asked else "--mu"
+    return f"; within one ulp: another {seed_or_mu}? --rounding any takes either neighbour"
 
 
 def _all_narrow(findings: Findings, wrong: Iterable[tuple[str, int, LayerVerdict]]) -> bool:
@@ -289,6 +307,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
     figures: dict[str, float | int | str | None] = {}
     low: list[str] = []
     names: list[str] = []
+    chosen = {found.rounding.method for found in findings.sites.values() if found.total.nearest is not None}
     for role, advice in (
         ("stored", "store it with --dtype float32, or merge with --base"),
         ("served", "serve it in float32, or merge with --base"),
@@ -303,6 +322,9 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
             continue
         figures[f"least_gain_{role}"] = min(gains.values())
         figures[f"least_gain_of_a_layer_{role}"] = min(_layer_gains(findings, gains, role, serving_dtype))
+        to_nearest = _gains_to_nearest(findings, gains, role, serving_dtype)
+        if to_nearest:
+            figures[f"nearest_gain_{role}"] = min(to_nearest.values())
         lost = sorted((name for name, gain in gains.items() if gain < judging.min_gain), key=lambda name: gains[name])
         if lost:
             dtypes = sorted({findings.sites[name].dtype.name for name in lost}) if role == "stored" else [serving_dtype]
@@ -310,7 +332,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
             low.append(
                 f"{role} as {' and '.join(dtypes)}, {len(lost)} of {len(gains)} deltas keep less than {judging.min_gain:g} "
                 f"along the adapter's inputs (least {gains[lost[0]]:.3f}): "
-                f"{'the result is not what the adapter makes of the kernel' if stored_wide else advice}"
+                f"{_remedy(findings, lost, 'the result is not what the adapter makes of the kernel' if stored_wide else advice)}"
             )
             names += [name for name in lost if name not in names]
     zero = [name for name, found in findings.sites.items() if found.has_delta and found.total.max_abs == 0]
@@ -322,8 +344,30 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         fails = judging.strict and len(names) > len(zero)
         message = "; ".join(low) + sampled
         return CheckRecord("delta-survival", "fail" if fails else "warn", message, figures, tuple(names[:_MANY]))
-    message = f"every delta keeps at least {judging.min_gain:g} of itself along the adapter's inputs{sampled}"
-    return CheckRecord("delta-survival", "pass", message, figures)
+    message = f"every delta keeps at least {judging.min_gain:g} of itself along the adapter's inputs"
+    nearest = [float(value or 0) for name, value in figures.items() if name.startswith("nearest_gain")]
+    if nearest:
+        message += f", rounded with --rounding {' and '.join(sorted(chosen))}: the least would keep {min(nearest):.3f} to nearest"
+    return CheckRecord("delta-survival", "pass", message + sampled, figures)
+
+
+def _remedy(findings: Findings, lost: Iterable[str], advice: str) -> str:
+    """The advice for some deltas that were lost, with another rounding where they were rounded to nearest."""
+    narrow = all(findings.sites[name].rounding.method == "nearest" for name in lost) and "--base" in advice
+    return f"{advice}, or round with --rounding preserve" if narrow else advice
+
+
+def _gains_to_nearest(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> dict[str, float]:
+    """What the kernels that were rounded otherwise would keep along the adapter's inputs if they were rounded to nearest."""
+    found = {}
+    for name in names:
+        site = findings.sites[name]
+        dtype = site.dtype.name if role == "stored" else serving_dtype
+        if site.rounding.grid is not None and site.rounding.grid.name == dtype:
+            survival = site.total.survival_to_nearest(dtype)
+            if survival is not None and survival.gain_along_inputs is not None:
+                found[name] = survival.gain_along_inputs
+    return found
 
 
 def _layer_gains(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> Iterator[float]:
@@ -382,8 +426,16 @@ def _reason(found: SiteFinding, layer: int) -> str:
         return "a change where the adapter makes none"
     if survival.unchanged == 1 or (abs(survival.gain) < _NOTHING and (survival.relative_error or 0) < 1 + _NOTHING):
         return "the adapter is missing"
-    if survival.cosine is not None and survival.cosine > _SAME_DIRECTION:
-        return _scaled(found.leaf, layer, survival.gain)
+    return _misplaced(found, layer, survival.gain, survival.cosine)
+
+
+def _misplaced(found: SiteFinding, layer: int, gain: float, cosine: float | None) -> str:
+    """Which mistake would make a delta of this gain and cosine."""
+    narrow = found.dtype.itemsize < 4 or found.rounding.grid is not None
+    if narrow and not found.layers[layer].no_neighbours and abs(gain - 1) < _ALMOST_ALL:
+        return "the adapter is there, rounded otherwise"
+    if cosine is not None and cosine > _SAME_DIRECTION:
+        return _scaled(found.leaf, layer, gain)
     return "another delta (a wrong equation, layer, adapter or orientation?)"
 
 

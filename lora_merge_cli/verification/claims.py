@@ -14,6 +14,7 @@ from lora_merge_cli.options import MergeOptions
 from lora_merge_cli.recording import mixing_record
 from lora_merge_cli.records import first_names
 from lora_merge_cli.report import CheckRecord, MixingRecord, OverrideRecord
+from lora_merge_cli.rounding import METHODS
 from lora_merge_cli.verification.examination import Findings
 from lora_merge_cli.verification.expectation import Expectation
 
@@ -22,6 +23,28 @@ ID = "provenance"
 
 SiteKey: TypeAlias = tuple[str, int | None]
 """A kernel's name, and the number of the adapter."""
+
+
+@dataclass(frozen=True)
+class ClaimedRounding:
+    """What a provenance file says of rounding; see `report.RoundingRecord`."""
+
+    method: str = "nearest"
+    mu: float | None = None
+    seed: int | None = None
+    serving_values: str | None = None
+    serving_dtype: str | None = None
+    """What servers cast wider files to, where those were rounded for it."""
+
+    @property
+    def flags(self) -> str:
+        """The flags that ask for it."""
+        said = [f"--rounding {self.method}"]
+        said += [f"--mu {self.mu:g}"] if self.mu not in (None, 1) else []
+        said += [f"--seed {self.seed}"] if self.seed else []
+        if self.serving_values is not None:
+            said.append(f"--serving-values {self.serving_values} --serving-dtype {self.serving_dtype}")
+        return " ".join(said)
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,8 @@ class Claims:
     """Fingerprint and weight of each adapter beside that checkpoint."""
     mixing: MixingRecord | None = None
     """Which alpha went where; None of a merge."""
+    rounding: ClaimedRounding = field(default_factory=ClaimedRounding)
+    """How results were rounded."""
     sites: Mapping[SiteKey, Mapping[str, Any]] = field(default_factory=dict)
     """The records of its sites by kernel name and adapter."""
 
@@ -71,6 +96,7 @@ def read_claims(merged: Checkpoint) -> Claims | None:
             tuned=_weighted(document["sources"], "tuned"),
             adapters=_weighted(document["sources"], "adapter"),
             mixing=_mixing(document["mixing"]) if document.get("command") == "interpolate" else None,
+            rounding=claimed_rounding(document.get("rounding"), document.get("serving_dtype")),
             sites={(site["target"], site.get("adapter")): dict(site) for site in document["sites"]},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -105,15 +131,59 @@ def _mixing(document: Mapping[str, Any]) -> MixingRecord:
     return found
 
 
+def claimed_rounding(document: Mapping[str, Any] | None, serving_dtype: Any) -> ClaimedRounding:
+    """The rounding that a report states; without one it was to nearest.
+
+    Args:
+        document: Its record of it.
+        serving_dtype: What it says that servers cast to.
+
+    Raises:
+        KeyError, TypeError, ValueError: It is none.
+    """
+    if document is None:
+        return ClaimedRounding()
+    mu, values = document["mu"], document["serving_values"]
+    if document["method"] not in METHODS or values not in (None, "cell", "widened"):
+        raise ValueError("its rounding is none")
+    seed = document["seed"]
+    found = ClaimedRounding(
+        method=document["method"],
+        mu=None if mu is None else _number(mu),
+        seed=None if seed is None else int(seed),
+        serving_values=values,
+        serving_dtype=None if values is None else str(serving_dtype),
+    )
+    if found.mu is not None and not math.isfinite(found.mu):
+        raise ValueError("its mu is no number")
+    return found
+
+
 def check_provenance(
-    claims: Claims | None, inputs: Inputs, expectation: Expectation, findings: Findings, options: MergeOptions
+    claims: Claims | None,
+    inputs: Inputs,
+    expectation: Expectation,
+    findings: Findings,
+    options: MergeOptions,
+    rounding: ClaimedRounding | None,
 ) -> CheckRecord:
-    """Whether the provenance agrees with the flags, the checkpoint and the result."""
+    """Whether the provenance agrees with the flags, the checkpoint and the result.
+
+    Args:
+        claims: What it says.
+        inputs: What was merged.
+        expectation: What a right result holds.
+        findings: What this one does.
+        options: The flags.
+        rounding: How results should be rounded; None where any will do.
+    """
     if claims is None:
         return CheckRecord(ID, "skip", "no lora_merge.json: nothing is claimed")
     if claims.problem is not None:
         return CheckRecord(ID, "fail", f"lora_merge.json is no record of a merge ({claims.problem})")
     wrong = list(_disagreements(claims, inputs, expectation, findings, options))
+    if rounding is not None and claims.rounding != rounding:
+        wrong.append(f"says {claims.rounding.flags}, and this judges {rounding.flags}: pass {claims.rounding.flags}")
     doubts = [f"lora_merge.json {first_names(wrong, 3)}"] if wrong else []
     if expectation.claimed:
         doubts.append(

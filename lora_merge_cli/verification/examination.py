@@ -25,9 +25,11 @@ from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.listening import Listener, Silent
 from lora_merge_cli.records import AdapterSite, Array, Index, KeyPath, TensorSpec, display, full_region
+from lora_merge_cli.rounding import NEAREST, LeafRounding
 from lora_merge_cli.side_by_side import Leaf, flat_pieces, side_by_side
 from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.adapted import Adapted
+from lora_merge_cli.verification.choices import Chosen
 from lora_merge_cli.verification.combined_adapters import as_one
 from lora_merge_cli.verification.doubts import Doubts
 from lora_merge_cli.verification.expectation import Expectation, ExpectedLeaf
@@ -61,6 +63,8 @@ class SiteFinding:
     """Of each of its sites; see `Adapted.spectrum`."""
     digests: tuple[str, ...]
     """Of each of its sites; see `lowrank.adapter_digest`."""
+    rounding: LeafRounding = NEAREST
+    """How it should be rounded."""
 
     @functools.cached_property
     def total(self) -> Moments:
@@ -117,6 +121,8 @@ class Findings:
     """Leaves without a site that are interpolated, or that only the base has."""
     sites: dict[str, SiteFinding] = field(default_factory=dict)
     """By the kernel's name in the checkpoint."""
+    stored: dict[KeyPath, np.dtype[Any]] = field(default_factory=dict)
+    """What each leaf that can be compared is stored in, by canonical path."""
 
 
 class Examination:
@@ -200,6 +206,7 @@ class Examination:
                 findings.reshaped[leaf.source.name] = f"{present[name].shape}, not {leaf.source.shape}"
             elif self._fits(leaf, present[name]):
                 pairs[name] = leaf, present[name]
+                findings.stored[name] = present[name].dtype
         findings.unservable = self._dialect.unservable(index)
         findings.unservable_before = self._dialect.unservable(before) is not None
         one, other = (self._constants(tree) for tree in (before, index))
@@ -309,7 +316,12 @@ class Examination:
         """A leaf between the base's and the fine-tune's, or one that only the base has."""
         change = leaf.change
         judge = MixtureJudge(
-            change.alphas, spec.dtype, self._terms.ulps, _weight(change), one_sided=change.before is None
+            change.alphas,
+            spec.dtype,
+            self._terms.ulps,
+            _weight(change),
+            one_sided=change.before is None,
+            chosen=self._chosen(leaf, spec),
         )
         by_layer = len(change.alphas) > 1
         rows = range(spec.shape[0]) if by_layer else None
@@ -317,7 +329,7 @@ class Examination:
         with contextlib.closing(self._tuned(change, rows, pool)) as tuned:
             for region, (before, merged) in side_by_side(leaves, rows, pool):
                 values, doubts = next(tuned, (before, None))
-                judge.take(region[0].start if by_layer else 0, values, before, merged, pool, doubts)
+                judge.take(region[0].start if by_layer else 0, values, before, merged, pool, doubts, region)
                 self._listener.advance(spec.name, merged.nbytes)
         self.findings.mixed[spec.name] = judge.finish()
         if judge.not_finite:
@@ -368,7 +380,7 @@ class Examination:
                 parts.append(part)
                 spectra.append(part.spectrum)
         where = f"{self._checkpoint.source.path} :: {leaf.source.name}"
-        judge = RowJudge(where, parts, spec.dtype, self._terms, leaf.alpha_of(0))
+        judge = RowJudge(where, parts, spec.dtype, self._terms, leaf.alpha_of(0), self._chosen(leaf, spec))
         region = full_region(spec.shape)
         kernel = start.read(start.spec.path, region)
         anchor = leaf.change.anchor
@@ -378,7 +390,7 @@ class Examination:
         if verdict.non_finite:
             self.findings.not_finite[spec.name] = verdict.non_finite
         self.findings.sites[leaf.source.name] = SiteFinding(
-            leaf, False, spec.dtype, {0: verdict}, tuple(spectra), tuple(digests)
+            leaf, False, spec.dtype, {0: verdict}, tuple(spectra), tuple(digests), self._rounding(leaf, spec)
         )
 
     def _judge(self, leaf: ExpectedLeaf, spec: TensorSpec, pool: ThreadPoolExecutor) -> None:
@@ -395,7 +407,8 @@ class Examination:
         where = f"{added_to[0].path} :: {added_to[1].name if leaf.mixed else spec.name}"
         combining = self._terms.combining
         joint = adapted if combining.is_sum else [as_one(adapted, combining, display(leaf.change.path))]
-        judge = SiteJudge(where, joint, spec.shape, spec.dtype, self._terms, layers)
+        chosen = self._chosen(leaf, spec)
+        judge = SiteJudge(where, joint, spec.shape, spec.dtype, self._terms, layers, chosen)
         leaves: list[Leaf] = [(start, start.spec), (self._judged, spec), *([] if beside is None else [beside])]
         by_layer = self._sample is not None or (leaf.change.anchor is not None and len(leaf.change.alphas) > 1)
         frozen = True
@@ -424,7 +437,14 @@ class Examination:
             layers=verdicts,
             spectra=tuple(part.spectrum for part in adapted),
             digests=tuple(digests),
+            rounding=self._rounding(leaf, spec),
         )
+
+    def _rounding(self, leaf: ExpectedLeaf, spec: TensorSpec) -> LeafRounding:
+        return leaf.rounding(spec.dtype, self._terms.serving_dtype, self._terms.rounding)
+
+    def _chosen(self, leaf: ExpectedLeaf, spec: TensorSpec) -> Chosen | None:
+        return Chosen.of(self._rounding(leaf, spec), self._terms.rounding, display(leaf.change.path), spec.shape)
 
     def _beside(self, leaf: ExpectedLeaf) -> Leaf | None:
         """What a kernel is compared with: the base's leaf, or the one that an interpolation of its replacement starts from."""

@@ -19,7 +19,9 @@ from lora_merge_cli.options import DTYPE_CHOICES, MergeOptions, check_options
 from lora_merge_cli.outline import outline
 from lora_merge_cli.plan import refuse_nothing, refuse_unscaled
 from lora_merge_cli.records import AdapterSite, KeyPath, Scale, TensorSpec, display, first_names
+from lora_merge_cli.rounding import LeafRounding, Rounding
 from lora_merge_cli.selection import select
+from lora_merge_cli.verification.methods import is_by_row
 
 ANY_DTYPE = "any"
 """The value of ``--dtype`` that takes the fused kernels as they are stored."""
@@ -47,6 +49,16 @@ class ExpectedLeaf:
     def sites(self) -> tuple[AdapterSite, ...]:
         """The adapters that should be in it."""
         return self.change.sites
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether something is added to it."""
+        return self.mixed or bool(self.sites)
+
+    def rounding(self, stored: np.dtype[Any], serving: np.dtype[Any], asked: Rounding) -> LeafRounding:
+        """How it should be rounded; see `LeafChange.rounding`."""
+        by_row = next((site.operation for site in self.sites if is_by_row(site.operation)), None)
+        return self.change.rounding(stored, serving, asked, by_row)
 
     def alpha_of(self, layer: int) -> float:
         """How much of the change to take in a stacked layer; in all of the leaf where that has one alpha."""

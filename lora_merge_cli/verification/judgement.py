@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from lora_merge_cli import __version__
-from lora_merge_cli.dialects import Dialect
 from lora_merge_cli.errors import CorruptCheckpoint, InputError, InputNotFound, Refused, UsageError
 from lora_merge_cli.fine_tunes import JoinRequest, joint_inputs, open_fine_tunes
 from lora_merge_cli.formats import open_checkpoint
@@ -23,6 +22,8 @@ from lora_merge_cli.recording import (
     joining_record,
     mixing_record,
     peak_rss,
+    rounding_notes,
+    rounding_record,
     site_record,
     source_record,
     source_records,
@@ -30,12 +31,13 @@ from lora_merge_cli.recording import (
     with_measurements,
 )
 from lora_merge_cli.records import AdapterSite
-from lora_merge_cli.report import CheckRecord, ProofRecord, SiteRecord, VerifyReport
+from lora_merge_cli.report import CheckRecord, ProofRecord, RoundingRecord, SiteRecord, VerifyReport
+from lora_merge_cli.rounding import NEAREST
 from lora_merge_cli.survival import finite
 from lora_merge_cli.verification import checks
 from lora_merge_cli.verification.beside import check_assets_of
 from lora_merge_cli.verification.checks import CHECK_IDS, Judging
-from lora_merge_cli.verification.claims import check_provenance, read_claims
+from lora_merge_cli.verification.claims import check_provenance, claimed_rounding, read_claims
 from lora_merge_cli.verification.examination import Examination, Findings, SiteFinding
 from lora_merge_cli.verification.expectation import ANY_DTYPE, Expectation, expect
 from lora_merge_cli.verification.joint import JointSource
@@ -44,8 +46,6 @@ from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
 
 Damage: TypeAlias = InputError | UsageError | Refused
 """Why a result cannot be opened."""
-
-_ULPS: Mapping[str, float] = {"nearest": 0.5, "any": 1.0}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class Verdict:
     """What a reader should know of the inputs and the flags."""
     sampled: tuple[str, ...] = ()
     """Which layers were looked at, where not all were."""
+    rounding: RoundingRecord | None = None
+    """How results should be rounded; None for all to nearest."""
 
 
 def open_request(request: VerifyRequest) -> Opened:
@@ -202,7 +204,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         dialect=dialect.name,
         sources=tuple(sources),
         multiplier=request.options.multiplier,
-        serving_dtype=dialect.serving_dtype.name,
+        serving_dtype=request.options.served(dialect.serving_dtype).name,
         groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         sites=verdict.sites,
         checks=verdict.checks,
@@ -213,6 +215,7 @@ def verify(request: VerifyRequest | Opened, listener: Listener | None = None) ->
         strict=request.judging.strict,
         mixing=None if request.options.mixing is None else mixing_record(request.options.mixing),
         joining=joining_record(inputs.joining),
+        rounding=verdict.rounding,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
         versions=versions(),
@@ -235,13 +238,16 @@ def judge(
     dialect, has_base = inputs.dialect, inputs.base is not None
     claims = read_claims(merged) if isinstance(merged, Checkpoint) else None
     expectation = expect(inputs, options, {} if claims is None else claims.scales)
-    if not isinstance(merged, Checkpoint):
-        return Verdict(_unopened(merged), _site_records(expectation, Findings(), dialect), expectation.notes)
     combining = options.combining.of(len(inputs.adapters), expectation.sites)
-    terms = Terms(dialect.serving_dtype, _ULPS[judging.rounding], options.multiplier, combining)
+    serving_dtype = options.served(dialect.serving_dtype)
+    terms = Terms(serving_dtype, 1.0 if judging.any_rounding else 0.5, options.multiplier, combining, options.rounding)
+    if not isinstance(merged, Checkpoint):
+        return Verdict(_unopened(merged), _site_records(expectation, Findings(), terms), expectation.notes)
     findings = Examination(merged, inputs, terms, judging.sample, judging.jobs, listener).run(expectation)
-    serving = dialect.serving_dtype.name
+    serving = serving_dtype.name
     summary = dialect.summary(tree_of(inputs.checkpoint))
+    rounding = _rounding(expectation, findings, terms)
+    stated = claimed_rounding(None if rounding is None else dataclasses.asdict(rounding), serving)
     found = (
         checks.readable(findings),
         checks.structure(findings),
@@ -255,12 +261,27 @@ def judge(
         checks.delta_survival(findings, judging, serving),
         checks.base(findings, judging, given=has_base),
         check_assets_of(merged, inputs.checkpoint, summary, expectation),
-        check_provenance(claims, inputs, expectation, findings, options),
+        check_provenance(claims, inputs, expectation, findings, options, None if judging.any_rounding else stated),
     )
-    notes = list(expectation.notes)
-    if has_base and expectation.sites:
+    notes = [*expectation.notes, *rounding_notes(rounding, serving)]
+    records = _site_records(expectation, findings, terms)
+    based = [site for site in findings.sites.values() if site.leaf.base is not None and not site.leaf.mixed]
+    if any(site.rounding.method == "preserve" for site in based):
+        notes.append("judged by what --rounding preserve aims at also with a base: the function that was trained")
+    if has_base and expectation.sites and not all(site.rounding.method == "preserve" for site in based):
         notes.append("judged as the base's own values plus each delta, not as the function that was trained")
-    return Verdict(found, _site_records(expectation, findings, dialect), tuple(notes), _sampled(findings, judging))
+    return Verdict(found, records, tuple(notes), _sampled(findings, judging), rounding)
+
+
+def _rounding(expectation: Expectation, findings: Findings, terms: Terms) -> RoundingRecord | None:
+    """How all leaves that are computed should be rounded, in what they are stored in."""
+    leaves = (
+        (leaf, findings.stored.get(path, leaf.dtype or leaf.source.dtype))
+        for path, leaf in expectation.leaves.items()
+        if leaf.is_computed
+    )
+    given = ((leaf.rounding(dtype, terms.serving_dtype, terms.rounding), dtype) for leaf, dtype in leaves)
+    return rounding_record(terms.rounding, given)
 
 
 def _unopened(error: Damage) -> tuple[CheckRecord, ...]:
@@ -278,21 +299,22 @@ def _sampled(findings: Findings, judging: Judging) -> tuple[str, ...]:
     return (f"--sample {judging.sample}: of each site, only layers {layers} were looked at",)
 
 
-def _site_records(expectation: Expectation, findings: Findings, dialect: Dialect) -> tuple[SiteRecord, ...]:
+def _site_records(expectation: Expectation, findings: Findings, terms: Terms) -> tuple[SiteRecord, ...]:
     by_target = {leaf.change.path: leaf for leaf in expectation.leaves.values()}
     records = []
     for site in expectation.sites:
         found = findings.sites.get(site.name)
         leaf = by_target[site.targets[0]]
         dtype = leaf.source.dtype if found is None else found.dtype
-        record = site_record(site, leaf.source, dtype.name, leaf.change.alphas)
-        records.append(record if found is None else _measured(record, site, found, dialect))
+        rounding = NEAREST if found is None else found.rounding
+        record = site_record(site, leaf.source, dtype.name, leaf.change.alphas, rounding)
+        records.append(record if found is None else _measured(record, site, found, terms))
     return tuple(records)
 
 
-def _measured(record: SiteRecord, site: AdapterSite, found: SiteFinding, dialect: Dialect) -> SiteRecord:
+def _measured(record: SiteRecord, site: AdapterSite, found: SiteFinding, terms: Terms) -> SiteRecord:
     moments = {layer: verdict.moments for layer, verdict in found.layers.items()}
-    record = with_measurements(record, moments, dialect.serving_dtype.name, *found.of(site))
+    record = with_measurements(record, moments, terms.serving_dtype.name, found.rounding, *found.of(site))
     verdicts = list(found.layers.values())
     return dataclasses.replace(
         record,

@@ -12,8 +12,9 @@ import numpy as np
 
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import is_float, ulp
-from lora_merge_cli.records import Array
+from lora_merge_cli.records import Array, Region
 from lora_merge_cli.side_by_side import flat_pieces
+from lora_merge_cli.verification.choices import Chosen, compare, is_kept
 from lora_merge_cli.verification.doubts import Doubts
 
 _EPSILON = 2.0**-24
@@ -114,6 +115,8 @@ class MixtureFinding:
     """Whether the fine-tune moved it: its values are not the base's, rounded to their dtype."""
     one_sided: bool
     """Whether only the base has it."""
+    drawn: bool = False
+    """Whether it was rounded at random: one that did not move may be the fine-tune's, or what the two sides make of it."""
 
     @property
     def wrong(self) -> int:
@@ -135,6 +138,8 @@ class MixtureFinding:
         return where + self._looks(worst)
 
     def _wrong_in(self, layer: LayerMixture) -> int:
+        if not self.moved and self.drawn:
+            return min(layer.wrong, layer.not_kept)
         return layer.wrong if self.moved else layer.not_kept
 
     def _looks(self, layer: LayerMixture) -> str:
@@ -180,6 +185,7 @@ class MixtureJudge:
         ulps: The rounding to that dtype: 0.5 to nearest, 1 otherwise.
         weight: The largest ``|w|`` of the weights that T is itself mixed with; 0 where T is exact.
         one_sided: Whether there is no T, and A is judged at alpha 0.
+        chosen: How entries that are computed should have been chosen; None for to nearest.
     """
 
     def __init__(
@@ -190,7 +196,9 @@ class MixtureJudge:
         weight: float = 0.0,
         *,
         one_sided: bool = False,
+        chosen: Chosen | None = None,
     ) -> None:
+        self._chosen = chosen
         self._dtype, self._ulps, self._weight = dtype, ulps, weight
         self._by_layer, self._one_sided = len(alphas) > 1, one_sided
         self._layers = {number: LayerMixture(alpha) for number, alpha in enumerate(alphas)}
@@ -208,6 +216,7 @@ class MixtureJudge:
         merged: Array,
         pool: ThreadPoolExecutor,
         doubts: Doubts | None = None,
+        region: Region | None = None,
     ) -> None:
         """Judge one block.
 
@@ -218,14 +227,16 @@ class MixtureJudge:
             merged: The result there.
             pool: Where to compute.
             doubts: How far the entries of T, row-major, may be off; None where they are as they are stored.
+            region: Where the block lies in the leaf, which random bits depend on; None without any.
         """
         alpha = self._layers[layer].alpha
 
         def judge(piece: tuple[tuple[Array, ...], Doubts | None]) -> _Piece:
-            values, part = piece
-            return self._judge(*values, doubts=part, alpha=alpha)
+            (tuned, anchor, merged, *drawn), part = piece
+            return self._judge(tuned, anchor, merged, drawn[0] if drawn else None, doubts=part, alpha=alpha)
 
-        for found in pool.map(judge, _with_parts(flat_pieces(tuned, anchor, merged), doubts)):
+        drawn = [] if self._chosen is None or region is None or not alpha else [self._chosen.bits(region)]
+        for found in pool.map(judge, _with_parts(flat_pieces(tuned, anchor, merged, *drawn), doubts)):
             self._layers[layer].add(found.mixture)
             self._moved = self._moved or found.moved
             self.not_finite += found.not_finite
@@ -233,9 +244,11 @@ class MixtureJudge:
 
     def finish(self) -> MixtureFinding:
         """What was found."""
-        return MixtureFinding(self._layers, self._by_layer, self._moved, self._one_sided)
+        return MixtureFinding(self._layers, self._by_layer, self._moved, self._one_sided, self._chosen is not None)
 
-    def _judge(self, tuned: Array, anchor: Array, merged: Array, *, doubts: Doubts | None, alpha: float) -> _Piece:
+    def _judge(
+        self, tuned: Array, anchor: Array, merged: Array, bits: Array | None, *, doubts: Doubts | None, alpha: float
+    ) -> _Piece:
         # Values beyond any range are found, and judged, by what they are not.
         with np.errstate(all="ignore"):
             as_tuned, as_anchor = tuned.astype(self._dtype, copy=False), anchor.astype(self._dtype, copy=False)
@@ -246,10 +259,12 @@ class MixtureJudge:
                 found.not_kept = count_other_bits(merged, as_tuned) if found.wrong else 0
             else:
                 found.not_kept = count_other_bits(merged, as_tuned)
-                if alpha == 1 and not self._weight and doubts is None:
+                if alpha == 1 and not self._weight and doubts is None and bits is None:
                     found.wrong = found.not_kept
                 elif is_float(self._dtype):
-                    found.wrong, found.worst_share = self._compared(tuned, anchor, merged, as_tuned, doubts, alpha)
+                    found.wrong, found.worst_share = self._compared(
+                        tuned, anchor, merged, as_tuned, bits, doubts, alpha
+                    )
                 else:
                     found.wrong = int(np.count_nonzero((merged != as_tuned) | (tuned != anchor)))
             if found.wrong and (alpha == 0 or (alpha == 1 and doubts is None)):
@@ -266,11 +281,20 @@ class MixtureJudge:
         return piece
 
     def _compared(
-        self, tuned: Array, anchor: Array, merged: Array, as_tuned: Array, doubts: Doubts | None, alpha: float
+        self,
+        tuned: Array,
+        anchor: Array,
+        merged: Array,
+        as_tuned: Array,
+        bits: Array | None,
+        doubts: Doubts | None,
+        alpha: float,
     ) -> tuple[int, float]:
         """How many entries are wrong, and the largest error as a share of its bound."""
         t, a, m = (values.astype(np.float64) for values in (tuned, anchor, merged))
-        share = self._shares(t, a, m, None if doubts is None else doubts.error, alpha)
+        share = self._shares(t, a, m, bits, None if doubts is None else doubts.error, alpha)
+        if self._chosen is not None and alpha == 1:
+            share[is_kept(self._chosen, self._dtype, m, t, tuned.dtype)] = 0.0
         # What both sides have is kept, and so is all of T at alpha 1, where it is exact.
         same = t == a if doubts is None else ((t == a) | (alpha == 1)) & (doubts.error == 0)
         worst = share.max(initial=0.0)
@@ -278,16 +302,19 @@ class MixtureJudge:
             return 0, float(worst)
         both_nan = np.isnan(t) & np.isnan(a)
         kept = ~_other_bits(merged, as_tuned) | (both_nan & np.isnan(merged))
+        if self._chosen is not None and self._chosen.widened:
+            kept |= is_kept(self._chosen, self._dtype, m, t, tuned.dtype)
         same |= both_nan
         share[same & kept] = 0.0
         if not self._weight:
             share[same & ~kept] = np.inf
         if doubts is not None and doubts.places.size:
             at = doubts.places
-            np.minimum.at(share, at, self._shares(doubts.values, a[at], m[at], doubts.errors, alpha))
+            drawn = None if bits is None else bits[at]
+            np.minimum.at(share, at, self._shares(doubts.values, a[at], m[at], drawn, doubts.errors, alpha))
         return int(np.count_nonzero(share > 1)), float(share.max(initial=0.0))
 
-    def _shares(self, t: Array, a: Array, m: Array, error: Array | None, alpha: float) -> Array:
+    def _shares(self, t: Array, a: Array, m: Array, bits: Array | None, error: Array | None, alpha: float) -> Array:
         """The errors of some entries as shares of their bounds, all float64; Inf where either is not finite."""
         ideal = mixed(t, a, alpha)
         if error is not None and alpha == 1:
@@ -298,6 +325,10 @@ class MixtureJudge:
             limit += _ROUNDINGS * _TINY * (1 + abs(alpha))
             if error is not None:
                 limit += abs(alpha) * error
+        if self._chosen is not None and bits is not None:
+            share = compare(self._chosen, self._dtype, m, ideal, ideal, limit, bits).shares
+            share[np.isnan(share) | ~np.isfinite(limit)] = np.inf
+            return share
         step = ulp(ideal, self._dtype)
         step *= self._ulps
         limit += step

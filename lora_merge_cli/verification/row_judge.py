@@ -12,15 +12,17 @@ import numpy as np
 from lora_merge_cli.dtypes import ulp
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput
-from lora_merge_cli.records import AdapterSite, Array
-from lora_merge_cli.survival import Moments, Realised
+from lora_merge_cli.records import AdapterSite, Array, full_region
+from lora_merge_cli.survival import Moments
 from lora_merge_cli.verification.adapted import Adapted
+from lora_merge_cli.verification.choices import Chosen, compare, is_kept
 from lora_merge_cli.verification.methods import changed, forward
 from lora_merge_cli.verification.mixture import count_other_bits
 from lora_merge_cli.verification.model_layer import INPUTS, LayerError
-from lora_merge_cli.verification.site_judge import LayerVerdict, Terms
+from lora_merge_cli.verification.site_judge import LayerVerdict, Terms, sums_of
 
 _EPSILON = 2.0**-24
+_WIDE = np.dtype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RowJudge:
         ulps * ulp(ref) + c * 2^-24 * m,   c = 64 + sqrt(inputs) + ranks
 
     with m the largest magnitude in the entry's row of W, of the ideal and of what low-rank products are sums of: the roundings of
-    float32 sums over inputs, which are as large as their terms.
+    float32 sums over inputs, which are as large as their terms. Of entries that were rounded at random, see `choices`.
 
     Args:
         where: The kernel in the checkpoint, as errors name it.
@@ -52,11 +54,19 @@ class RowJudge:
         dtype: The merged kernel's dtype.
         terms: What else it may differ by.
         alpha: How much of the change to take.
+        chosen: How its entries should have been chosen; None for to nearest.
     """
 
     def __init__(
-        self, where: str, parts: Sequence[ByRow | Adapted], dtype: np.dtype[Any], terms: Terms, alpha: float
+        self,
+        where: str,
+        parts: Sequence[ByRow | Adapted],
+        dtype: np.dtype[Any],
+        terms: Terms,
+        alpha: float,
+        chosen: Chosen | None = None,
     ) -> None:
+        self._chosen = chosen
         self._where, self._dtype, self._terms, self._alpha = where, dtype, terms, alpha
         self._parts = sorted(parts, key=lambda part: isinstance(part, ByRow))
         self._equation = parts[0].site.parameters.equation
@@ -72,7 +82,8 @@ class RowJudge:
         start = kernel if anchor is None else anchor
         if self._alpha == 0:
             wrong = count_other_bits(merged, start.astype(self._dtype))
-            return LayerVerdict(worst_share=math.inf if wrong else 0.0, beyond=wrong, off_the_rounding=wrong)
+            share = math.inf if wrong else 0.0
+            return LayerVerdict(Moments(), share, wrong, wrong, wrong, bool(wrong))
         w, m, s = (as_matrix(self._equation, values) for values in (kernel, merged, start))
         if not np.isfinite(w).all():
             raise NonFiniteInput("a kernel under an adapter is not finite", where=self._where, expected="finite values")
@@ -93,14 +104,26 @@ class RowJudge:
         ideal = start + delta
         allowed = (64 + math.sqrt(w.shape[1]) + ranks) * _EPSILON
         limit = allowed * size + self._terms.ulps * ulp(ideal, self._dtype)
-        error = m - ideal
+        error, step, moved = m - ideal, ulp(ideal, self._dtype), 0
         share = np.where(error == 0, 0.0, np.abs(error) / limit)
+        if self._chosen is not None:
+            slack = np.broadcast_to(allowed * size, ideal.shape)
+            bits = as_matrix(self._equation, self._chosen.bits(full_region(self._chosen.shape)))
+            found = compare(self._chosen, self._dtype, m, ideal, ideal, slack, bits)
+            still = (np.abs(delta) <= slack) & is_kept(self._chosen, self._dtype, m, start, source)
+            share, error, step = np.where(still, 0.0, found.shares), found.error, found.step
+            limit, moved = found.limit, found.moved
         bad = ~((share <= 1.0) & np.isfinite(limit))
+        off = np.abs(error)
+        moments = self._moments(m, start, delta, source)
+        moments.moved = moved
         return LayerVerdict(
-            moments=self._moments(m, start, delta, source),
+            moments=moments,
             worst_share=float(share.max(initial=0.0)) if np.isfinite(share).all() else math.inf,
             beyond=int(np.count_nonzero(bad)),
-            off_the_rounding=int(np.count_nonzero(bad & ~(np.abs(error) <= limit + 0.5 * ulp(start, source)))),
+            off_the_rounding=int(np.count_nonzero(bad & ~(off <= limit + 0.5 * ulp(start, source)))),
+            no_neighbours=int(np.count_nonzero(bad & ~(off <= step + allowed * size))),
+            not_nearest=not (off <= 0.5 * step + allowed * size).all(),
             non_finite=int(np.count_nonzero(~np.isfinite(m))),
             forward=self._forward(w, m, start, limit, source),
         )
@@ -121,11 +144,10 @@ class RowJudge:
         )
         for dtype in dict.fromkeys((self._dtype, self._terms.serving_dtype)):
             q = self._cast(m, self._dtype, dtype) - self._cast(start, source, dtype)
-            moments.realised[dtype.name] = Realised(
-                q_dot_d=float(np.sum(q * delta)),
-                error_sq=float(np.sum(np.square(q - delta))),
-                unchanged=int(np.count_nonzero(q == 0)),
-            )
+            moments.realised[dtype.name] = sums_of(q, delta, q - delta)
+        if self._chosen is not None:
+            to_nearest = self._chosen.served(start + delta, _WIDE) - self._cast(start, source, self._chosen.grid)
+            moments.nearest = sums_of(to_nearest, delta, to_nearest - delta)
         return moments
 
     def _cast(self, values: Array, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
