@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shlex
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,13 @@ from lora_merge_cli.errors import UnknownFormat, UnknownScale, UsageError
 from lora_merge_cli.formats import open_adapter, open_checkpoint
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.inputs import AdapterChoice, Inputs, open_inputs, survey_inputs, tree_of
-from lora_merge_cli.operations import is_row_operation
+from lora_merge_cli.operations import is_row_operation, operation_named
 from lora_merge_cli.recording import group_records
 from lora_merge_cli.records import (
     AdapterRow,
     AdapterSite,
     AdapterSummary,
+    Array,
     Index,
     KeyPath,
     ModelSummary,
@@ -44,8 +46,10 @@ from lora_merge_cli.report import SCHEMA_VERSION, GroupRecord
 from lora_merge_cli.survival import finite
 
 if TYPE_CHECKING:
-    from lora_merge_cli.factors import FactorReader
     from lora_merge_cli.measurement import SiteStats
+    from lora_merge_cli.nearest_sample import NearestGain, Product
+
+_GAIN_WORTH_A_WARNING = 0.98
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def inspect(request: InspectRequest) -> Inspection:
     if checkpoint.left_out:
         notes.append(f"beside it, not part of a merge: {', '.join(checkpoint.left_out)}")
     adapter_parameters = sum(index.tensors[path].size for path, group in groups.items() if group == "adapter")
-    reader = _factor_reader(inputs) if request.stats else None
+    stats = _Stats(inputs, survey) if request.stats else None
+    sites = tuple(_site_row(inputs, survey, site, stats) for site in survey.sites)
     adapters = tuple(_adapter_record(inputs, number, survey, request.scales) for number in range(len(inputs.adapters)))
     return Inspection(
         path=str(checkpoint.source.path),
@@ -219,7 +224,7 @@ def inspect(request: InspectRequest) -> Inspection:
         nbytes=index.nbytes,
         dtypes=_bytes_by_dtype(index),
         adapter_parameters=adapter_parameters + sum(adapter.parameters for adapter in adapters),
-        sites=tuple(_site_row(inputs, survey, site, reader) for site in survey.sites),
+        sites=sites,
         groups=group_records(dialect, index, groups, {found.target for found in survey.replacements}),
         problems=tuple(problems),
         notes=tuple(notes),
@@ -235,23 +240,74 @@ def inspect(request: InspectRequest) -> Inspection:
         ),
         base=() if inputs.base is None else _compare(dialect, checkpoint, inputs.base),
         adapters=adapters,
-        warnings=survey.warnings,
+        warnings=(*survey.warnings, *_shrinking(sites, dialect.serving_dtype.name)),
     )
 
 
-def _factor_reader(inputs: Inputs) -> FactorReader:
-    from lora_merge_cli.factors import FactorReader
+class _Stats:
+    """Measures sites; what rounding to nearest would keep is that of all adapters on a kernel together."""
 
-    return FactorReader(inputs)
+    def __init__(self, inputs: Inputs, survey: Survey) -> None:
+        from lora_merge_cli.factors import FactorReader
+
+        self._inputs = inputs
+        self._reader = FactorReader(inputs)
+        self._together: dict[KeyPath, list[AdapterSite]] = {}
+        self._nearest: dict[KeyPath, tuple[NearestGain, ...]] = {}
+        for site in survey.sites:
+            self._together.setdefault(site.targets[0], []).append(site)
+
+    def of(self, spec: TensorSpec, site: AdapterSite) -> SiteStats | None:
+        """What is found of a site and of its kernel; None of what is no low-rank product: its factors say nothing of the delta."""
+        from lora_merge_cli.measurement import site_stats
+        from lora_merge_cli.nearest_sample import NearestSample, rounded_to
+
+        if is_row_operation(site.operation):
+            return None
+        target, factors = site.targets[0], self._reader.read(site)
+        if target in self._nearest:
+            stats = site_stats(self._inputs.checkpoint, spec, site, factors)
+            return dataclasses.replace(stats, nearest=self._nearest[target])
+        dtypes = rounded_to(spec.dtype, self._inputs.dialect.serving_dtype)
+        products = self._products(spec, site, factors) if dtypes else []
+        sample = NearestSample(spec.shape, products, dtypes) if products else None
+        stats = site_stats(self._inputs.checkpoint, spec, site, factors, sample)
+        self._nearest[target] = stats.nearest
+        return stats
+
+    def _products(self, spec: TensorSpec, first: AdapterSite, factors_of_first: Mapping[str, Array]) -> list[Product]:
+        """All that is added to a kernel; nothing where the factors do not say it."""
+        from lora_merge_cli.nearest_sample import Product, axes
+
+        sites = self._together[first.targets[0]]
+        # DoRA's delta takes the norms of the whole kernel.
+        if any(is_row_operation(site.operation) or operation_named(site.operation).needs_norms for site in sites):
+            return []
+        found = []
+        for site in sites:
+            equation, scale = site.parameters.equation, site.parameters.scale.value
+            factors = factors_of_first if site is first else self._reader.read(site)
+            a, b = factors["lora_a"], factors["lora_b"]
+            fits = equation.sizes(a.shape, b.shape, spec.shape) is not None
+            finite_factors = all(np.isfinite(values.astype(np.float64)).all() for values in (a, b))
+            if scale is None or not (fits and finite_factors) or axes(equation) != axes(sites[0].parameters.equation):
+                return []
+            found.append(Product(equation, a, b, scale * site.weight))
+        return found
 
 
-def _stats(inputs: Inputs, spec: TensorSpec, site: AdapterSite, reader: FactorReader | None) -> SiteStats | None:
-    from lora_merge_cli.measurement import site_stats
-
-    # Of what is no low-rank product, the factors alone say nothing of the delta.
-    if reader is None or is_row_operation(site.operation):
-        return None
-    return site_stats(inputs.checkpoint, spec, site, reader.read(site))
+def _shrinking(sites: Sequence[SiteRow], serving_dtype: str) -> Iterator[str]:
+    """Where rounding to nearest would lose deltas, and what to do about it."""
+    kernels = {site.target: site.stats.nearest for site in sites if site.stats is not None}
+    for dtype in dict.fromkeys(found.dtype for nearest in kernels.values() for found in nearest):
+        gains = [found.gain for nearest in kernels.values() for found in nearest if found.dtype == dtype]
+        low = [gain for gain in gains if gain < _GAIN_WORTH_A_WARNING]
+        if low:
+            used = "stored or served" if dtype == serving_dtype else "stored"
+            yield (
+                f"{used} as {dtype}, rounding to nearest would lose more than 2 % of {len(low)} of {len(gains)} deltas (least gain "
+                f"{min(low):.3f}, estimated): merge with --rounding preserve, or with --dtype float32 and serve in float32"
+            )
 
 
 def _adapter_alone(request: InspectRequest) -> tuple[Checkpoint, AdapterDialect] | None:
@@ -385,7 +441,7 @@ def _advice(
     return (command, *serving)
 
 
-def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, reader: FactorReader | None) -> SiteRow:
+def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, stats: _Stats | None) -> SiteRow:
     created = {leaf.path: leaf.source for leaf in survey.created}
     target = site.targets[0]
     spec = inputs.checkpoint.source.index().tensors[created.get(target, target)]
@@ -402,7 +458,7 @@ def _site_row(inputs: Inputs, survey: Survey, site: AdapterSite, reader: FactorR
         scale_assumed=scale.assumed,
         layers=spec.shape[0] if site.parameters.equation.stacked else None,
         dtype=spec.dtype.name,
-        stats=_stats(inputs, spec, site, reader),
+        stats=None if stats is None else stats.of(spec, site),
         adapter=site.adapter,
         weight=site.weight,
     )

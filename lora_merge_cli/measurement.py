@@ -1,4 +1,4 @@
-"""What `inspect --stats` measures: sizes and ranks of deltas from their factors. The deltas are never formed."""
+"""What `inspect --stats` measures: sizes and ranks of deltas from their factors, which are never multiplied but for a sample."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 
 from lora_merge_cli.formats.interface import Checkpoint
 from lora_merge_cli.lowrank import delta_singular_values
+from lora_merge_cli.nearest_sample import NearestGain, NearestSample
 from lora_merge_cli.records import AdapterSite, Array, TensorSpec
 from lora_merge_cli.side_by_side import side_by_side
 
 
 @dataclass(frozen=True)
 class SiteStats:
-    """Measured from the factors and the kernel; the delta is never formed."""
+    """Measured from the factors and the kernel; the delta is formed at a few entries alone."""
 
     relative_norm: float | None
     """``|delta| / |kernel|``, Frobenius; None where the scale is unknown or the kernel is zero."""
@@ -25,9 +26,17 @@ class SiteStats:
     """Mean over layers and heads of exp(entropy of the normalised singular values) (Roy and Vetterli, 2007)."""
     non_finite: int
     """NaN or Inf in the factors and the kernel."""
+    nearest: tuple[NearestGain, ...] = ()
+    """What rounding to nearest would keep of all that is added to the kernel, estimated; none where that is not known."""
 
 
-def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, factors: Mapping[str, Array]) -> SiteStats:
+def site_stats(
+    checkpoint: Checkpoint,
+    spec: TensorSpec,
+    site: AdapterSite,
+    factors: Mapping[str, Array],
+    sample: NearestSample | None = None,
+) -> SiteStats:
     """Measure one site.
 
     Args:
@@ -35,6 +44,7 @@ def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, fact
         spec: The site's kernel in it; read block by block.
         site: The site.
         factors: What it takes of the adapter's leaves, by role.
+        sample: Of the kernel, to look at on the way.
     """
     equation = site.parameters.equation
     a, b = (factors[role].astype(np.float64) for role in ("lora_a", "lora_b"))
@@ -44,6 +54,8 @@ def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, fact
     for region, (stored,) in side_by_side([(checkpoint.source, spec)]):
         values = stored.astype(np.float32)
         bad += int(np.sum(~np.isfinite(values)))
+        if sample is not None and not bad:
+            sample.add(region, stored)
         squares = np.square(values, dtype=np.float64)
         if stacked:
             kernel_sq[region[0]] += squares.reshape(squares.shape[0], -1).sum(axis=1)
@@ -65,6 +77,7 @@ def site_stats(checkpoint: Checkpoint, spec: TensorSpec, site: AdapterSite, fact
         relative_norm_worst=None if ratios is None else float(ratios.max()),
         effective_rank=_effective_rank(singular),
         non_finite=0,
+        nearest=() if sample is None else sample.finish(),
     )
 
 

@@ -62,7 +62,7 @@ SITE = SiteRecord(
     spectrum=(2.0, 1.0),
     survival=SURVIVAL,
     proof=PROOF,
-    layers=(LayerRecord(0, None, 0.5, SURVIVAL, PROOF),),
+    layers=(LayerRecord(0, None, 0.5, SURVIVAL, proof=PROOF),),
 )
 CHECKS = (
     CheckRecord("layout", "pass", "all leaves are there", {"leaves": 12, "note": "x", "nothing": None}),
@@ -148,7 +148,7 @@ REPORTS = [
 
 def hostile(value: Any) -> Any:
     """The record with every string that a checkpoint, or what is said of one, could be made of, turned hostile."""
-    kept = {"command", "status", "dtype", "serving_dtype", "origin", "role"}
+    kept = {"command", "status", "dtype", "serving_dtype", "origin", "role", "rounding"}
     if hasattr(value, "__dataclass_fields__"):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__}
         return replace(value, **{name: hostile(field) for name, field in fields.items() if name not in kept})

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lora_merge_cli._cli.console import plain_table, print_lines, stdout_console
 from lora_merge_cli._cli.heatmap import print_heatmaps
+from lora_merge_cli._cli.show_rounding import print_rounding
 from lora_merge_cli.report import CheckRecord, CheckStatus, VerifyReport
 from lora_merge_cli.reports.escaping import visible
 from lora_merge_cli.reports.words import adapters_in_words, byte_size, model_name
@@ -23,6 +24,7 @@ def print_verification(report: VerifyReport) -> None:
     """Heatmaps, checks, verdict."""
     console = stdout_console()
     print_heatmaps(console, report)
+    print_rounding(console, report)
     console.print()
     print_checks(console, report.checks)
     print_lines(console, "warning", report.warnings, "bold yellow")

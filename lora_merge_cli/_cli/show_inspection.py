@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +14,23 @@ from lora_merge_cli._cli.console import plain_table, print_lines, shown, starred
 from lora_merge_cli._cli.kind_tables import print_adapter_heading, print_by_kind_hint, print_scale_sources, with_rest
 from lora_merge_cli._cli.show_adapter import print_adapter, print_adapter_alone
 from lora_merge_cli.inspection import BaseRow, Inspection, SiteRow
-from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS, largest, middle, rank_spread, scale_spread, site_kinds
+from lora_merge_cli.reports.kinds import (
+    MANY_SITES,
+    MOST_KINDS,
+    largest,
+    least,
+    middle,
+    rank_spread,
+    scale_spread,
+    site_kinds,
+)
 from lora_merge_cli.reports.words import STATUS_WORDS, byte_size, counted, figure, quantity
+
+if TYPE_CHECKING:
+    from lora_merge_cli.measurement import SiteStats
+
+_KEPT = "kept"
+_NOT_FINITE = "NaN"
 
 
 def print_inspection(found: Inspection) -> None:
@@ -63,16 +79,54 @@ def _print_sites(console: Console, found: Inspection) -> None:
         console.print(table_of([site for site in found.sites if site.adapter == number]))
     if by_kind:
         if any(site.stats for site in found.sites):
-            console.print("[dim]|d|/|w|: the median of a row's sites; worst: the largest; eff.rank: the least[/dim]")
+            console.print(
+                "[dim]|d|/|w|: the median of a row's sites; worst: the largest; eff.rank, kept: the least[/dim]"
+            )
         print_by_kind_hint(console, "--json")
+    _print_nearest_legend(console, found.sites)
     print_scale_sources(console, found.sites, len(found.adapters))
     console.print()
+
+
+def _print_nearest_legend(console: Console, sites: Sequence[SiteRow]) -> None:
+    """What the column of estimates says, and how far to trust it."""
+    found = [nearest for site in sites if site.stats is not None for nearest in site.stats.nearest]
+    if not found:
+        return
+    dtypes = " or ".join(dict.fromkeys(nearest.dtype for nearest in found))
+    error = max(nearest.standard_error for nearest in found)
+    sampled = f"; estimated from samples, standard error up to {figure(error)}" if error else ""
+    console.print(
+        f"[dim]kept: the share of all that is added to a kernel that rounding to nearest {dtypes} keeps; 1 is all{sampled}[/dim]"
+    )
+
+
+def _measured_columns(sites: Sequence[SiteRow]) -> list[str]:
+    """The headings of what is measured. 80 columns have no room for what there is nothing to say of."""
+    stats = [site.stats for site in sites if site.stats is not None]
+    kept = [f">{_KEPT}"] if any(found.nearest for found in stats) else []
+    bad = [f">{_NOT_FINITE}"] if any(found.non_finite for found in stats) or not kept else []
+    return [">|d|/|w|", ">worst", ">eff.rank", *bad, *kept]
+
+
+def _measured(stats: Sequence[SiteStats], columns: Sequence[str]) -> list[str]:
+    """What was measured of one site, or of those that share a row."""
+    row = [
+        figure(middle(found.relative_norm for found in stats)),
+        figure(largest(found.relative_norm_worst for found in stats)),
+        f"{min(found.effective_rank for found in stats):.1f}",
+    ]
+    if f">{_NOT_FINITE}" in columns:
+        row.append(str(sum(found.non_finite for found in stats)))
+    if f">{_KEPT}" in columns:
+        row.append(figure(least(nearest.gain for found in stats for nearest in found.nearest)))
+    return row
 
 
 def _sites_table(sites: Sequence[SiteRow]) -> Table:
     measured = any(site.stats for site in sites)
     # Either fits 80 columns; both together do not.
-    more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
+    more = _measured_columns(sites) if measured else ["equation"]
     stacked = any(site.layers for site in sites)
     table = plain_table("site", ">rank", *([">layers"] if stacked else []), ">scale", *more)
     for site in sites:
@@ -80,27 +134,21 @@ def _sites_table(sites: Sequence[SiteRow]) -> Table:
         if site.stats is None:
             row += ["-"] * len(more) if measured else [site.equation]
         else:
-            norms = (site.stats.relative_norm, site.stats.relative_norm_worst)
-            row += [*map(figure, norms), f"{site.stats.effective_rank:.1f}", str(site.stats.non_finite)]
+            row += _measured([site.stats], more)
         table.add_row(*row)
     return table
 
 
 def _kinds_table(sites: Sequence[SiteRow]) -> Table:
     measured = any(site.stats for site in sites)
-    more = [">|d|/|w|", ">worst", ">eff.rank", ">NaN"] if measured else ["equation"]
+    more = _measured_columns(sites) if measured else ["equation"]
     table = plain_table("sites", ">layers", ">rank", ">scale", *more)
     rows = site_kinds(sites)
     for kind in rows[:MOST_KINDS]:
         row = [shown(kind.counted), kind.layers, rank_spread(kind.members), scale_spread(kind.members, "*")]
         stats = [site.stats for site in kind.members if site.stats is not None]
         if stats:
-            row += [
-                figure(middle(found.relative_norm for found in stats)),
-                figure(largest(found.relative_norm_worst for found in stats)),
-                f"{min(found.effective_rank for found in stats):.1f}",
-                str(sum(found.non_finite for found in stats)),
-            ]
+            row += _measured(stats, more)
         elif measured:
             row += ["-"] * len(more)
         else:

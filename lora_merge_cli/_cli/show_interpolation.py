@@ -12,9 +12,11 @@ from lora_merge_cli._cli.console import plain_table, print_lines, shown, stdout_
 from lora_merge_cli._cli.heatmap import print_heatmaps
 from lora_merge_cli._cli.show_checks import print_checks
 from lora_merge_cli._cli.show_merge import print_changes, print_needs, print_written
+from lora_merge_cli._cli.show_rounding import print_rounding
 from lora_merge_cli._cli.site_tables import print_planned_sites, print_written_sites
 from lora_merge_cli.records import first_names
 from lora_merge_cli.report import InterpolateReport, MixedRecord, PartRecord, PointRecord, SweepReport
+from lora_merge_cli.reports.rounding_rows import has_nearest
 from lora_merge_cli.reports.words import (
     alphas_in_words,
     byte_size,
@@ -40,6 +42,7 @@ def print_interpolation(report: InterpolateReport) -> None:
     else:
         print_written_sites(console, report)
         print_heatmaps(console, report)
+    print_rounding(console, report)
     _print_parts(console, report)
     _print_mixed(console, report.mixed)
     console.print()
@@ -93,14 +96,21 @@ def _print_mixed(console: Console, mixed: Sequence[MixedRecord]) -> None:
     if not moved:
         return
     console.print()
-    table = plain_table("leaf without factors", ">alpha", ">|d|/|w|", ">stored", ">served")
+    nearest = has_nearest(mixed)
+    table = plain_table("leaf without factors", ">alpha", ">|d|/|w|", ">stored", ">served", *[">nearest"][:nearest])
     for leaf in sorted(moved, key=lambda leaf: leaf.relative_norm or 0, reverse=True)[:_MOST_LEAVES]:
         gains = [survival.gain for survival in leaf.survival]
         stored, served = (gains[0], gains[-1]) if gains else (None, None)
+        to_nearest = figure(leaf.nearest.gain if leaf.nearest else None)
         table.add_row(
-            shown(leaf.path), alphas_in_words(leaf.alphas), figure(leaf.relative_norm), figure(stored), figure(served)
+            shown(leaf.path),
+            alphas_in_words(leaf.alphas),
+            *map(figure, (leaf.relative_norm, stored, served)),
+            *[to_nearest][:nearest],
         )
     console.print(table)
+    if nearest:
+        console.print("[dim]nearest: the share of the change that rounding to nearest would have kept[/dim]")
     if len(moved) > _MOST_LEAVES:
         console.print(f"[dim]and {len(moved) - _MOST_LEAVES} more that moved less: --json, or --report[/dim]")
 
@@ -122,6 +132,7 @@ def print_sweep(report: SweepReport) -> None:
     console.print(_points(report.points, parts))
     if parts:
         _print_sweep_legend(console, report, parts)
+    print_rounding(console, report)
     failed = [f"alpha {point.alpha:g}: {point.error}" for point in report.points if point.status == "failed"]
     print_lines(console, "failed", failed, "bold red")
     print_lines(console, "warning", report.warnings, "bold yellow")

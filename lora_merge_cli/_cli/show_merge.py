@@ -10,6 +10,7 @@ from rich.markup import escape
 from lora_merge_cli._cli.console import print_lines, shown, stdout_console
 from lora_merge_cli._cli.heatmap import print_heatmaps
 from lora_merge_cli._cli.show_checks import print_checks
+from lora_merge_cli._cli.show_rounding import print_rounding
 from lora_merge_cli._cli.site_tables import print_planned_sites, print_written_sites
 from lora_merge_cli.records import first_names
 from lora_merge_cli.report import MergeReport, OutputReport
@@ -37,6 +38,7 @@ def _print_plan(report: MergeReport) -> None:
     what = f"{adapters_in_words(report)} to merge"
     console.print(f"[bold]{f'{escape(name)}: {what}' if name else what}[/bold] (dry run, nothing written)")
     print_planned_sites(console, report)
+    print_rounding(console, report)
     print_changes(console, report)
     print_needs(console, report)
     print_lines(console, "warning", report.warnings, "bold yellow")
@@ -51,6 +53,7 @@ def _print_result(report: MergeReport) -> None:
     console.print(f"{verdict} {adapters_in_words(report)}{f' {joint} {escape(name)}' if name else ''}")
     print_written_sites(console, report)
     print_heatmaps(console, report)
+    print_rounding(console, report)
     console.print()
     print_changes(console, report)
     if report.checks:

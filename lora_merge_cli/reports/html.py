@@ -39,6 +39,7 @@ from lora_merge_cli.reports.kinds import (
     site_kinds,
 )
 from lora_merge_cli.reports.parts import farthest_first, relative_distance, share_of_base
+from lora_merge_cli.reports.rounding_rows import has_nearest, rounded_rows, rounding_in_words, share_in_words
 from lora_merge_cli.reports.words import (
     adapter_mark,
     alphas_in_words,
@@ -116,6 +117,7 @@ def to_html(report: AnyReport) -> str:
         "names": _names(report),
         "heading": "A against B" if isinstance(report, DiffReport) else subject(report),
         "mixing": None,
+        "rounding": None if isinstance(report, DiffReport) else rounding_in_words(report),
         "alarm": None,
         "charts": (),
         "plotly": "",
@@ -144,6 +146,7 @@ def _environment() -> Environment:
         "why": why,
         "alphas": alphas_in_words,
         "quantity": quantity,
+        "share": share_in_words,
         "share_of_base": share_of_base,
         "relative_distance": relative_distance,
     }
@@ -166,6 +169,8 @@ def _model(report: AnyModelReport) -> dict[str, Any]:
         "alarm": "not_interpolated.html.j2"
         if isinstance(report, InterpolateReport) and report.not_interpolated
         else None,
+        "rounded": rounded_rows(report),
+        "nearest_known": has_nearest(report.mixed) if isinstance(report, InterpolateReport) else False,
         "mixed": farthest_first(report.mixed)[:_MOST_LEAVES] if isinstance(report, InterpolateReport) else [],
         "proven": [site for site in report.sites if site.proof is not None],
         "measured": any(site.relative_norm is not None for site in report.sites),

@@ -8,7 +8,9 @@ from typing import TypeAlias
 
 from lora_merge_cli.report import InterpolateReport, ModelReport, OutputReport, Report, SweepReport
 from lora_merge_cli.reports import AnyModelReport
+from lora_merge_cli.reports.kinds import largest, least
 from lora_merge_cli.reports.parts import relative_distance
+from lora_merge_cli.reports.rounding_rows import rounded_rows
 from lora_merge_cli.reports.words import beside, byte_size, counted, figure, gain_along_inputs
 
 Tile: TypeAlias = tuple[str, str, str]
@@ -21,9 +23,15 @@ def model_tiles(report: AnyModelReport) -> Iterator[Tile]:
         yield from _interpolated(report)
     else:
         yield from _adapted(report)
-    gains = list(_gains(report))
+    gains, rows = list(_gains(report)), rounded_rows(report)
+    nearest = least(row.gains[0] for row in rows)
     if gains:
-        yield f"least gain in {report.serving_dtype}", figure(min(gains)[0]), min(gains)[1]
+        would = "" if nearest is None else f"; {figure(nearest)} to nearest"
+        yield f"least gain in {report.serving_dtype}", figure(min(gains)[0]), f"{min(gains)[1]}{would}"
+    error = largest(row.errors[1] for row in rows)
+    if error is not None:
+        would = f"{figure(largest(row.errors[0] for row in rows))} to nearest"
+        yield "largest error along inputs", figure(error), would
     shares = [(site.proof.worst_share, site.label) for site in report.sites if site.proof is not None]
     if shares:
         worst = max(shares, key=lambda share: float("inf") if share[0] is None else share[0])

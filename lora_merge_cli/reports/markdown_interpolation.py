@@ -8,6 +8,7 @@ from lora_merge_cli.report import InterpolateReport
 from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.markdown_blocks import bullets, folded_table
 from lora_merge_cli.reports.parts import farthest_first, share_of_base
+from lora_merge_cli.reports.rounding_rows import has_nearest
 from lora_merge_cli.reports.words import alphas_in_words, counted, figure, quantity, survival_for
 
 _MANY = 40
@@ -65,10 +66,12 @@ def mixed(report: InterpolateReport) -> Iterator[str]:
         return
     yield "## Interpolated leaves"
     header = ["leaf", "part", "alpha", "stored as", "parameters", "|d|/|W_base|", "gain stored", "gain served"]
+    nearest = has_nearest(report.mixed)
+    header += ["gain to nearest"] if nearest else []
     rows = []
     for leaf in farthest_first(report.mixed)[:_MANY]:
         kept = [survival_for(leaf, dtype) for dtype in (leaf.dtype, report.serving_dtype)]
-        gains = [figure(survival.gain if survival else None) for survival in kept]
+        gains = [figure(found.gain if found else None) for found in (*kept, *([leaf.nearest] if nearest else []))]
         names = [code(leaf.path), prose(leaf.part), alphas_in_words(leaf.alphas), prose(leaf.dtype)]
         rows.append([*names, quantity(leaf.parameters), figure(leaf.relative_norm), *gains])
     yield folded_table("leaves", header, rows)

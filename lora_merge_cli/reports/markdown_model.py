@@ -28,6 +28,7 @@ from lora_merge_cli.reports.kinds import (
 )
 from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table, table
 from lora_merge_cli.reports.markdown_inputs import inputs_table, made_with
+from lora_merge_cli.reports.rounding_rows import rounded_rows, rounding_in_words, share_in_words
 from lora_merge_cli.reports.words import (
     adapter_mark,
     adapters_in_words,
@@ -54,6 +55,8 @@ _GAIN = (
     "Gain is along the adapter's inputs: 1 keeps the fine-tune, less shrinks it as a smaller scale would. "
     "{served} is what servers cast to."
 )
+
+_BEFORE_AND_AFTER = "Gain and relative error along the adapter's inputs, with rounding to nearest and as chosen: 1 and 0 keep all of the fine-tune. Worth from: the share of an input's energy that must lie along them for an output to be nearer than with rounding to nearest."
 
 
 def verdict(report: AnyModelReport) -> str:
@@ -93,6 +96,9 @@ def findings(report: AnyModelReport) -> Iterator[str]:
         yield f"Mixing: {prose(mixing_in_words(mixing))}."
     if isinstance(report, InterpolateReport) and report.not_interpolated:
         yield from markdown_interpolation.not_interpolated(report)
+    rounding = rounding_in_words(report)
+    if rounding is not None:
+        yield f"Rounding: {prose(rounding)}."
     if not report.checks:
         return
     remarks = [check for status in ("fail", "warn") for check in report.checks if check.status == status]
@@ -122,6 +128,7 @@ def tables(report: AnyModelReport) -> Iterator[str]:
         yield from markdown_interpolation.parts(report)
     if report.sites:
         yield from _sites(report)
+        yield from _rounding(report)
     if isinstance(report, InterpolateReport):
         yield from markdown_interpolation.mixed(report)
     if isinstance(report, OutputReport):
@@ -142,6 +149,32 @@ def _sites(report: AnyModelReport) -> Iterator[str]:
         yield _GAIN.format(served=prose(report.serving_dtype))
         if len(beside(report)) > 1:
             yield "The figures of a kernel are of all adapters on it together."
+
+
+def _rounding(report: AnyModelReport) -> Iterator[str]:
+    """Survival with rounding to nearest, and with what was chosen."""
+    rows = rounded_rows(report)
+    if report.rounding is None or not rows:
+        return
+    yield "## Rounding"
+    method, wide = report.rounding.method, any(row.moved is not None for row in rows)
+    header = ["site", "in", "gain to nearest", f"gain, {method}", "error to nearest", f"error, {method}", "worth from"]
+    cells = [
+        [
+            code(row.name),
+            prose(row.dtype),
+            *map(figure, (*row.gains, *row.errors)),
+            share_in_words(row.worth_from),
+            *([share_in_words(row.moved)] if wide else []),
+        ]
+        for row in rows[:MOST_KINDS]
+    ]
+    yield folded_table("rows", [*header, *(["moved"] if wide else [])], cells)
+    if len(rows) > MOST_KINDS:
+        yield f"And {len(rows) - MOST_KINDS} more rows."
+    yield _BEFORE_AND_AFTER
+    if len(report.sites) > MANY_SITES:
+        yield "Of a row the least gain and the largest error."
 
 
 def _site_by_site(report: AnyModelReport) -> tuple[list[str], list[list[str]]]:

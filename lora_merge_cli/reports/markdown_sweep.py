@@ -9,6 +9,7 @@ from lora_merge_cli.reports.escaping import code, prose
 from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table
 from lora_merge_cli.reports.markdown_inputs import inputs_table, made_with
 from lora_merge_cli.reports.parts import part_names, part_of, relative_distance, share_of_base
+from lora_merge_cli.reports.rounding_rows import rounding_in_words
 from lora_merge_cli.reports.words import byte_size, counted, figure, model_name, sweep_in_words
 
 _DISTANCE = "|W_alpha - W_base| / |W_base| of each part, as stored."
@@ -27,6 +28,9 @@ def verdict(report: SweepReport) -> str:
 def findings(report: SweepReport) -> Iterator[str]:
     """Which alphas there are, and why some failed."""
     yield f"Mixing: {prose(sweep_in_words(report))}."
+    rounding = rounding_in_words(report)
+    if rounding is not None:
+        yield f"Rounding: {prose(rounding)}."
     failed = _failed(report)
     if failed:
         yield bullets(

@@ -13,6 +13,7 @@ from lora_merge_cli.reports.charts.groups import trained_parts
 from lora_merge_cli.reports.charts.heatmaps import heatmaps
 from lora_merge_cli.reports.charts.kernels import kernel_errors
 from lora_merge_cli.reports.charts.leaves import farthest_leaves
+from lora_merge_cli.reports.charts.roundings import before_and_after
 from lora_merge_cli.reports.charts.spectra import spectra
 from lora_merge_cli.reports.charts.sweep import over_alpha
 from lora_merge_cli.reports.words import beside
@@ -35,6 +36,7 @@ def model_charts(report: ModelReport) -> tuple[Chart, ...]:
         experts.setdefault("" if whole else site.group, []).append(site)
     return (
         *heatmaps(report, experts),
+        *before_and_after(report),
         *spectra(experts),
         *kernel_errors(report.sites),
         *trained_parts(report.groups),
