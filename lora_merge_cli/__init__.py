@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lora_merge_cli.resize_report import ResizeReport as ResizeReport
     from lora_merge_cli.resizing import ResizeRequest as ResizeRequest
     from lora_merge_cli.resizing import resize as resize
+    from lora_merge_cli.rounding import Rounding as Rounding
     from lora_merge_cli.verification import Judging as Judging
     from lora_merge_cli.verification import VerifyRequest as VerifyRequest
     from lora_merge_cli.verification import verify as verify
@@ -70,6 +71,7 @@ _HOMES = {
     "Override": "mixing",
     "ResizeReport": "resize_report",
     "ResizeRequest": "resizing",
+    "Rounding": "rounding",
     "ScaleOptions": "dialects.interface",
     "Schedule": "mixing",
     "SweepReport": "report",

@@ -268,6 +268,7 @@ def mended(label: str, number: int = 0, *, wide: bool = False, **changes: Any) -
         "survival": (survival("float32", 1.0, 1e-5), chosen) if wide else (chosen,),
         "rounding": "preserve",
         "nearest": survival("bfloat16", 0.293 + number / 1000, 0.71),
+        "worth_from": 0.03,
         "moved": 0.25 if wide else None,
         "layers": (LayerRecord(0, 0.1, 0.2, (chosen,), survival("bfloat16", 0.293, 0.71)),),
     }
@@ -360,13 +361,13 @@ def test_junit_stays_as_it_is() -> None:
 
 def test_before_and_after_by_site(capsys: pytest.CaptureFixture[str]) -> None:
     narrow = printed(NARROW, capsys)
-    assert "attn/q 0.293 0.984 0.710 0.024 attn/k 0.298 0.989 0.710 0.024 gain, error" in narrow
-    assert "attn/q 0.293 0.984 0.710 0.024 25 % attn/k 0.293 0.984 0.710 0.024 75 %" in printed(WIDE, capsys)
+    assert "attn/q 0.293 0.984 0.710 0.024 3 % attn/k 0.298 0.989 0.710 0.024 3 % gain, error" in narrow
+    assert "attn/q 0.293 0.984 0.710 0.024 3 % 25 % attn/k 0.293 0.984 0.710 0.024 3 % 75 %" in printed(WIDE, capsys)
     text = to_markdown(WIDE)
-    assert "| site | in | gain to nearest | gain, preserve | error to nearest | error, preserve | moved |" in text
-    assert "| `attn/k` | bfloat16 | 0.293 | 0.984 | 0.710 | 0.024 | 75 % |" in text
+    assert "| site | in | gain to nearest | gain, preserve | error to nearest | error, preserve | worth from | moved |" in text
+    assert "| `attn/k` | bfloat16 | 0.293 | 0.984 | 0.710 | 0.024 | 3 % | 75 % |" in text
     html = to_html(WIDE)
-    assert ["attn/k", "bfloat16", "0.293", "0.984", "0.710", "0.024", "75 %"] in rows(html)
+    assert ["attn/k", "bfloat16", "0.293", "0.984", "0.710", "0.024", "3 %", "75 %"] in rows(html)
     assert "0.293 to nearest" in html and "0.710 to nearest" in html
     drawn_charts = charts(html)
     lines, before, after = drawn_charts["rounding-gains"]["data"]
@@ -398,7 +399,7 @@ def test_many_kernels_show_the_worst_of_them(capsys: pytest.CaptureFixture[str])
 def test_what_is_not_known_is_a_dash_and_zeros_are_not_drawn() -> None:
     blank = mended("attn/q", survival=(survival("bfloat16", None, None),), nearest=survival("bfloat16", None, None))
     exact = mended("attn/k", survival=(survival("bfloat16", 1.0, 0.0),))
-    assert "| `attn/q` | bfloat16 | - | - | - | - |" in to_markdown(merged(sites=(blank,), rounding=PRESERVE))
+    assert "| `attn/q` | bfloat16 | - | - | - | - | 3 % |" in to_markdown(merged(sites=(blank,), rounding=PRESERVE))
     assert not [name for name in charts(to_html(merged(sites=(blank,), rounding=PRESERVE))) if "rounding" in name]
     found = charts(to_html(merged(sites=(blank, exact), rounding=PRESERVE)))
     assert None in found["rounding-errors"]["data"][2]["x"] and 0 not in found["rounding-errors"]["data"][2]["x"]
@@ -420,7 +421,7 @@ def test_a_row_fits_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypat
     print_merge(wide)
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
-    assert re.search(r"einsum_long_1 +0\.293 +0\.984 +0\.710 +0\.024 +25 %", out)
+    assert re.search(r"einsum_long_1 +0\.293 +0\.984 +0\.710 +0\.024 +3 % +25 %", out)
 
 
 def warned(
