@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help dev demo test check format samples bench bench-full test-compat clean
+.PHONY: help dev demo test check format samples bench bench-full bench-rounding test-compat clean
 
 help:  ## List what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ bench: $(READY)  ## Measure small merges beside a plain copy, in a minute or two
 
 bench-full: $(READY)  ## Measure full-size merges against their targets; CASES=llama,startup RUNS=3 for some; 40 GB of disk
 	$(BIN)/python benchmarks/run.py --size full $(CHOSEN)
+
+bench-rounding: $(READY)  ## Measure what each rounding keeps of a delta in bfloat16, in some minutes; QUICK=1 for a few small kernels
+	$(BIN)/python benchmarks/rounding_table.py $(if $(QUICK),--quick --out benchmarks/data/rounding)
 
 clean:  ## Remove environments, caches and outputs
 	rm -rf $(VENV) .venv-* demo_output benchmarks/data .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -74,6 +75,22 @@ def _extract(case: str, given: Input, base: Input) -> tuple[Row, ...]:
         commands.merge(given.path, merged),
         commands.extract(merged, base.path, place, "dense, --rank 16", "--rank", "16"),
     )
+
+
+def _roundings(case: str, checkpoint: Path, adapter: Path | None, *flags: str) -> tuple[Row, ...]:
+    # Each takes the place of the one before; the last one is verified.
+    merged = outputs(case) / "merged"
+    rows = {
+        method: commands.merge(checkpoint, merged, *flags, "--rounding", method, adapter=adapter)
+        for method in ("nearest", "stochastic", "preserve")
+    }
+    verified = commands.verify(merged, checkpoint, "--rounding", "preserve", adapter=adapter)
+    return (*(Row(name, row.command, row.reads, row.writes) for name, row in rows.items()), verified)
+
+
+def _rounding_case(name: str, title: str, given: Input, rows: Callable[[], tuple[Row, ...]]) -> Case:
+    targets = (Target("preserve", "wall", 0, 2.0, "nearest"), Target("preserve", "peak", 2.5))
+    return Case(name, "full", title, 3, rows, (given,), "nearest", targets)
 
 
 def _llama(case: str, given: Input, *, peft: bool) -> tuple[Row, ...]:
@@ -235,6 +252,18 @@ CASES = (
             Target("merge", "wall", 0, 1 / 5, "peft"),
             Target("merge", "peak", 0, 1 / 5, "peft"),
         ),
+    ),
+    _rounding_case(
+        "rounding",
+        "Full-size pi0 LoRA, `--dtype keep`, by rounding",
+        _FULL,
+        partial(_roundings, "rounding", _FULL.path, None, "--dtype", "keep"),
+    ),
+    _rounding_case(
+        "rounding-llama",
+        "Llama-shaped, 1.1 B parameters, bfloat16, by rounding",
+        _BIG_LLAMA,
+        partial(_roundings, "rounding-llama", _BIG_LLAMA.path / "base", _BIG_LLAMA.path / "adapter"),
     ),
     _startup("full", "startup", _FULL, 20),
     _memory(),
