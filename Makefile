@@ -53,7 +53,7 @@ bench-full: $(READY)  ## Measure full-size merges against their targets; CASES=l
 	$(BIN)/python benchmarks/run.py --size full $(CHOSEN)
 
 bench-rounding: $(READY)  ## Measure what each rounding keeps of a delta in bfloat16, in some minutes; QUICK=1 for a few small kernels
-	$(BIN)/python benchmarks/rounding_table.py $(if $(QUICK),--quick --out benchmarks/data/rounding)
+	$(BIN)/python benchmarks/rounding_table.py $(if $(QUICK),--quick)
 
 clean:  ## Remove environments, caches and outputs
 	rm -rf $(VENV) .venv-* demo_output benchmarks/data .mypy_cache .ruff_cache .pytest_cache

@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="small kernels, few of them, one seed")
     parser.add_argument("--seeds", type=int, metavar="N", help="3 if not given")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results/ if not given, data/rounding if quick")
     options = parser.parse_args()
     seeds = range(options.seeds or (1 if options.quick else 3))
     collected: dict[tuple[str, Case, str], list[Figures]] = {}
@@ -219,9 +219,10 @@ def main() -> None:
         ],
     }
     text = page(document)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "rounding.json").write_text(json.dumps(document, indent=1) + "\n")
-    (options.out / "rounding.md").write_text(text)
+    out: Path = options.out or HERE / ("data/rounding" if options.quick else "results")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rounding.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "rounding.md").write_text(text)
     print(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.compare import count_non_finite
+from lora_merge_cli.draws import rounding_bits
 from lora_merge_cli.errors import NonFiniteInput
 from lora_merge_cli.factors import FactorReader, one_layer
 from lora_merge_cli.inputs import Inputs
@@ -29,7 +31,7 @@ from lora_merge_cli.operations.combine import Part, combine, departure
 from lora_merge_cli.operations.sequence import in_sequence, partial
 from lora_merge_cli.plan import MergePlan, Step
 from lora_merge_cli.reading import scan_start
-from lora_merge_cli.records import AdapterSite, Array, Region, full_region, grid
+from lora_merge_cli.records import AdapterSite, Array, Region, full_region, grid, offset, region_shape
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Block:
     """For each output what the leaf's sites do to its layer; None where they do nothing, alpha being 0."""
     chain: Chain | None = None
     """What its sites make of it at alpha 1, where one of them is no low-rank product; there are no `updates` then."""
+    bits: Array | None = None
+    """16 random bits for each entry, one after the other, if it is rounded stochastically."""
 
 
 class BlockReader:
@@ -94,7 +98,7 @@ class BlockReader:
         regions = list(grid(full_region(step.source.shape), step.block))
         if not step.sites:
             for region, sides in self._scanned(step, regions, pool):
-                yield Block(region, region, sides)
+                yield Block(region, region, sides, bits=self._bits(step, region))
             return
         stacked = step.sites[0].parameters.equation.stacked
         sites = [one_layer(site) for site in step.sites]
@@ -104,7 +108,14 @@ class BlockReader:
             here = [region for region in regions if not stacked or region[0].start == layer]
             changes = self._changes(steps, sites, factors, here, layer, pool)
             for region, sides in itertools.islice(scanned, len(here)):
-                yield Block(region, region[1:] if stacked else region, sides, *changes)
+                yield Block(region, region[1:] if stacked else region, sides, *changes, bits=self._bits(step, region))
+
+    def _bits(self, step: Step, region: Region) -> Array | None:
+        if step.rounding.method != "stochastic":
+            return None
+        start = offset(step.output.shape, region)
+        size = math.prod(region_shape(region))
+        return rounding_bits(self._plan.rounding.seed, step.output.name, start, start + size)
 
     def _changes(
         self,
@@ -141,6 +152,7 @@ class BlockReader:
                 self._plan.serving_dtype,
                 self._device,
                 step.rounding.choice(self._plan.rounding),
+                self._plan.rounding.mu,
             )
 
         return tuple(update(each.alpha_of(layer)) for each in steps), None

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from lora_merge_cli.dialects import Dialect
-from lora_merge_cli.dtypes import FLOAT32, is_float
+from lora_merge_cli.dtypes import FLOAT32, fits_float32, is_float
 from lora_merge_cli.errors import ShapeMismatch, UnsupportedCheckpoint, UsageError
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.options import MergeOptions, cast_dtype
 from lora_merge_cli.records import AdapterSite, KeyPath, Replacement, Survey, TensorSpec, display
-from lora_merge_cli.rounding import DENSE, NEAREST, ON_HOST, LeafRounding, Rounding, leaf_rounding, without_space
+from lora_merge_cli.rounding import DENSE, NEAREST, LeafRounding, Rounding, leaf_rounding, without_space
 from lora_merge_cli.selection import Selection
 
 RESCALING = "dora"
@@ -102,9 +102,8 @@ class LeafChange:
         if not self.is_mixture:
             return NEAREST
         assert self.anchor is not None, "a mixture has two sides"
-        sides = (self.start.dtype, self.anchor.dtype)
-        mixes = all(is_float(dtype) and dtype.itemsize <= FLOAT32.itemsize for dtype in sides)
-        return leaf_rounding(asked, stored, serving, spaceless=DENSE if mixes else ON_HOST)
+        mixes = fits_float32(self.start.dtype) and fits_float32(self.anchor.dtype)
+        return leaf_rounding(asked, stored, serving, spaceless=DENSE, on_host=not mixes)
 
     @property
     def whole(self) -> Replacement | None:

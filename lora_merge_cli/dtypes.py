@@ -47,6 +47,11 @@ def is_float8(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1 and is_float(dtype)
 
 
+def fits_float32(dtype: np.dtype[Any]) -> bool:
+    """Whether the dtype is a floating-point one whose values float32 has."""
+    return is_float(dtype) and dtype.itemsize <= FLOAT32.itemsize
+
+
 def mantissa_bits(dtype: np.dtype[Any]) -> int:
     """How many bits of the mantissa the floating-point dtype stores."""
     return int(_finfo(dtype).nmant)

@@ -284,7 +284,7 @@ class Execution:
         if any(is_row_operation(site.operation) for site in step.sites):
             return [ChainedWork(each, self._source, serving, self._device, rounding) for each in steps]
         if step.sites:
-            return [FusedWork(each, number, self._source, serving, rounding) for number, each in enumerate(steps)]
+            return [FusedWork(each, number, self._source, serving) for number, each in enumerate(steps)]
         if not can_mix(step):
             return [HostWork(each, self._inputs) for each in steps]
         still = self._is_still(steps)
@@ -293,8 +293,8 @@ class Execution:
     def _is_still(self, steps: Sequence[Step]) -> bool:
         """Whether the fine-tune did not move a leaf, where only a look at all of it can tell: it is the base's, rounded.
 
-        Where the output keeps the fine-tune's dtype there is no need to know: whatever lies between the base and what it was
-        rounded to rounds to the same.
+        Where the output is rounded to nearest to the fine-tune's dtype there is no need to know: whatever lies between the base and
+        what it was rounded to rounds to the same.
         """
         step = steps[0]
         between = all(0 <= alpha <= 1 for each in steps for alpha in each.alphas)

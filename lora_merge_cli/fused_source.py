@@ -139,7 +139,7 @@ class FusedSource:
             return None
         if any(is_row_operation(site.operation) for site in step.sites):
             return ChainedWork(step, self._source, step.output.dtype, self._device, self._plan.rounding)
-        return FusedWork(step, 0, self._source, step.output.dtype, self._plan.rounding)
+        return FusedWork(step, 0, self._source, step.output.dtype)
 
 
 def _assumptions(plan: MergePlan) -> Iterator[str]:

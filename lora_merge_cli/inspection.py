@@ -43,13 +43,11 @@ from lora_merge_cli.records import (
     display,
 )
 from lora_merge_cli.report import SCHEMA_VERSION, GroupRecord
-from lora_merge_cli.survival import finite
+from lora_merge_cli.survival import GAIN_WORTH_A_WARNING, finite
 
 if TYPE_CHECKING:
     from lora_merge_cli.measurement import SiteStats
     from lora_merge_cli.nearest_sample import NearestGain, Product
-
-_GAIN_WORTH_A_WARNING = 0.98
 
 
 @dataclass(frozen=True)
@@ -301,7 +299,7 @@ def _shrinking(sites: Sequence[SiteRow], serving_dtype: str) -> Iterator[str]:
     kernels = {site.target: site.stats.nearest for site in sites if site.stats is not None}
     for dtype in dict.fromkeys(found.dtype for nearest in kernels.values() for found in nearest):
         gains = [found.gain for nearest in kernels.values() for found in nearest if found.dtype == dtype]
-        low = [gain for gain in gains if gain < _GAIN_WORTH_A_WARNING]
+        low = [gain for gain in gains if gain < GAIN_WORTH_A_WARNING]
         if low:
             used = "stored or served" if dtype == serving_dtype else "stored"
             yield (

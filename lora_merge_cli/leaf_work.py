@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lora_merge_cli.blocks import Block, Sides, at_most_float32
 from lora_merge_cli.compare import equals_rounded
-from lora_merge_cli.draws import rounding_bits
-from lora_merge_cli.dtypes import FLOAT32, is_float
+from lora_merge_cli.dtypes import FLOAT32, fits_float32, is_float
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable, UnsupportedCheckpoint
 from lora_merge_cli.formats.interface import Source
 from lora_merge_cli.inputs import Inputs
 from lora_merge_cli.operations import KernelUpdate, MixedLeaf, moments_of_no_change
 from lora_merge_cli.plan import Step
-from lora_merge_cli.records import Array, Region, offset, region_shape
+from lora_merge_cli.records import Array
 from lora_merge_cli.rounding import Rounding
 from lora_merge_cli.survival import Moments
 
@@ -53,13 +51,10 @@ class FusedWork:
         number: The output's number.
         source: Where the kernel comes from, for errors.
         serving_dtype: What servers cast it to.
-        rounding: How results are rounded.
     """
 
-    def __init__(
-        self, step: Step, number: int, source: Source, serving_dtype: np.dtype[Any], rounding: Rounding
-    ) -> None:
-        self._step, self._number, self._source, self._rounding = step, number, source, rounding
+    def __init__(self, step: Step, number: int, source: Source, serving_dtype: np.dtype[Any]) -> None:
+        self._step, self._number, self._source = step, number, source
         self._dtypes = step.output.dtype.name, serving_dtype.name
         self._layers: dict[int, KernelUpdate | Moments] = {}
 
@@ -68,9 +63,12 @@ class FusedWork:
         update = block.updates[self._number]
         if update is None:
             return None
-        kernel, base = self._operands(block)
-        bits = _bits(self._step, block.region, self._rounding.seed) if update.draws else None
-        return kernel, update.compute(block.inside, kernel, base, bits)
+        try:
+            kernel, base = self._operands(block)
+        except BaseException:
+            update.give_up(block.inside)
+            raise
+        return kernel, update.compute(block.inside, kernel, base, block.bits)
 
     def take(self, block: Block, computed: tuple[Array, FusedBlock] | None) -> Array:
         """See `LeafWork.take`."""
@@ -81,8 +79,9 @@ class FusedWork:
             assert isinstance(found, Moments), "alpha is that of a whole layer"
             found.add(moments_of_no_change(values, self._dtypes))
             return cast(values, self._step, self._source)
-        self._layers[layer] = update
-        return update.take(block.inside, *computed).reshape(block.sides.values.shape)
+        values = update.take(block.inside, *computed).reshape(block.sides.values.shape)
+        self._layers[layer] = update.finish() if update.is_complete else update
+        return values
 
     def finish(self) -> tuple[Moments, ...]:
         """See `LeafWork.finish`."""
@@ -119,7 +118,7 @@ class ChainedWork:
     def __init__(
         self, step: Step, source: Source, serving_dtype: np.dtype[Any], device: Any, rounding: Rounding
     ) -> None:
-        self._step, self._rounding = step, rounding
+        self._step = step
         self._where = f"{source.path} :: {step.output.name}"
         choice = step.rounding.choice(rounding)
         self._leaf = MixedLeaf(self._where, self._where, step.output.dtype, serving_dtype, device, choice)
@@ -131,8 +130,7 @@ class ChainedWork:
         alpha, anchor = self._step.alpha_of(0), block.sides.anchor
         start = kernel if anchor is None else at_most_float32(anchor)
         changed = start if alpha == 0 else block.chain.apply(block.inside, kernel)
-        bits = _bits(self._step, block.region, self._rounding.seed) if self._leaf.draws else None
-        return changed, self._leaf.compute(changed, start, alpha, bits)
+        return changed, self._leaf.compute(changed, start, alpha, block.bits)
 
     def take(self, block: Block, computed: tuple[Array, Any]) -> Array:
         """See `LeafWork.take`."""
@@ -178,7 +176,6 @@ class MixedWork:
         still: bool = False,
     ) -> None:
         self._step, self._source, self._still = step, inputs.checkpoint.source, still
-        self._rounding = rounding
         assert step.anchor is not None, "a mixture has two sides"
         self._leaf = MixedLeaf(
             f"{inputs.checkpoint.source.path} :: {step.source.name}",
@@ -192,8 +189,7 @@ class MixedWork:
     def compute(self, block: Block) -> Any:
         """See `LeafWork.compute`."""
         tuned, anchor = _both(block)
-        bits = _bits(self._step, block.region, self._rounding.seed) if self._leaf.draws else None
-        return self._leaf.compute(tuned, tuned if self._still else anchor, self._alpha(block), bits)
+        return self._leaf.compute(tuned, tuned if self._still else anchor, self._alpha(block), block.bits)
 
     def take(self, block: Block, computed: Any) -> Array:  # noqa: ARG002  (others need it)
         """See `LeafWork.take`."""
@@ -271,12 +267,6 @@ class HostWork:
         return ()
 
 
-def _bits(step: Step, region: Region, seed: int) -> Array:
-    """The random bits of a run of a leaf's entries."""
-    start = offset(step.output.shape, region)
-    return rounding_bits(seed, step.output.name, start, start + math.prod(region_shape(region)))
-
-
 def unchanged(sides: Sides) -> Array:
     """The values that alpha 0 stands for."""
     if sides.anchor is not None:
@@ -307,9 +297,7 @@ def cast(values: Array, step: Step, source: Source) -> Array:
 def can_mix(step: Step) -> bool:
     """Whether float32 holds the leaf's numbers on both sides."""
     assert step.anchor is not None, "a mixture has two sides"
-    return all(
-        is_float(dtype) and dtype.itemsize <= FLOAT32.itemsize for dtype in (step.source.dtype, step.anchor.dtype)
-    )
+    return fits_float32(step.source.dtype) and fits_float32(step.anchor.dtype)
 
 
 def _both(block: Block) -> tuple[Array, Array]:

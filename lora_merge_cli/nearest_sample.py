@@ -24,11 +24,11 @@ from lora_merge_cli.dtypes import FLOAT32, dtype_named
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.lowrank import factor_matrices
 from lora_merge_cli.records import Array, Region
+from lora_merge_cli.rounding import GRIDS
 
 ENTRIES = 2**18
 """About how many entries of a kernel are looked at; all of a smaller one."""
 _SEED = 0
-_GRIDS = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Product:
 
 def rounded_to(*dtypes: np.dtype[Any]) -> tuple[str, ...]:
     """Those of the dtypes that rounding to could lose a delta, by name, once each."""
-    return tuple(dict.fromkeys(dtype.name for dtype in dtypes if dtype.name in _GRIDS))
+    return tuple(dict.fromkeys(dtype.name for dtype in dtypes if dtype.name in GRIDS))
 
 
 class NearestSample:

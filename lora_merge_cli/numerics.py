@@ -124,7 +124,7 @@ def start_block(
     """``(1 + gain) * (base or kernel) + left @ right`` in float32, rounded once to `dtype`.
 
     Args:
-        block: NumPy arrays; but the carry, which is on the device already.
+        block: NumPy arrays; the carry may be on the device already.
         tile_rows: The rows of a tile.
         outputs_first: Whether the kernel is outputs by inputs.
         dtype: The name of the dtype to round to.

@@ -424,7 +424,9 @@ def _rounded_bytes(steps: Sequence[Step]) -> int:
             sum(site.parameters.rank for site in step.sites),
             math.prod(extents[d] for d in equation.outputs),
         )
-        return _BLOCKS_IN_FLIGHT * rank * outputs * FLOAT32.itemsize
+        inputs = math.prod(extents[d] for d in equation.inputs)
+        held = inputs + 2 * outputs  # U, and one more projection, in float64
+        return rank * (_BLOCKS_IN_FLIGHT * outputs + held) * FLOAT32.itemsize
 
     return max(map(of, steps), default=0)
 

@@ -38,11 +38,10 @@ from lora_merge_cli.recording import (
 )
 from lora_merge_cli.records import display, first_names
 from lora_merge_cli.report import InterpolateReport, MergeReport, OutputReport, SiteRecord
+from lora_merge_cli.rounding import GRIDS
 from lora_merge_cli.staging import check_space, filesystem, staged
-from lora_merge_cli.survival import Moments
+from lora_merge_cli.survival import GAIN_WORTH_A_WARNING, Moments
 from lora_merge_cli.verification import Judging, judge, open_result
-
-_GAIN_WORTH_A_WARNING = 0.98
 
 
 def produce(
@@ -314,7 +313,7 @@ def _warnings(prepared: Prepared, outcome: Outcome) -> Sequence[str]:
     stored = {step.output.dtype.name for step in steps.values()}
     method = prepared.plan.rounding.method
     for dtype, gains in by_dtype.items():
-        low = [(gain, step) for gain, step in gains if gain < _GAIN_WORTH_A_WARNING]
+        low = [(gain, step) for gain, step in gains if gain < GAIN_WORTH_A_WARNING]
         if not low:
             continue
         if dtype in stored:
@@ -330,7 +329,7 @@ def _warnings(prepared: Prepared, outcome: Outcome) -> Sequence[str]:
         # Not where it was used, nor where there is nothing that it could preserve.
         mends = (
             method != "preserve"
-            and dtype in ("bfloat16", "float16")
+            and dtype in GRIDS
             and any(not is_row_operation(site.operation) for _, step in low for site in step.sites)
         )
         warnings.append(

@@ -242,12 +242,12 @@ def rounding_record(asked: Rounding, leaves: Iterable[tuple[LeafRounding, np.dty
         return None
     given = list(leaves)
     counts = Counter((rounding.method, rounding.reason) for rounding, _ in given)
-    widened = any(rounding.grid not in (None, stored) for rounding, stored in given)
+    is_wide = any(rounding.grid not in (None, stored) for rounding, stored in given)
     return RoundingRecord(
         method=asked.method,
         mu=asked.mu if asked.method == "preserve" else None,
         seed=asked.seed if asked.method == "stochastic" else None,
-        serving_values=asked.serving_values if widened else None,
+        serving_values=asked.serving_values if is_wide else None,
         leaves=tuple(RoundedRecord(method, count, reason) for (method, reason), count in counts.items()),
     )
 
@@ -257,7 +257,7 @@ def rounding_notes(record: RoundingRecord | None, serving_dtype: str) -> Sequenc
     if record is None or record.serving_values is None:
         return []
     sees = {
-        "cell": f"the exact result, but for entries that are up to half a step of {serving_dtype} off (`moved` counts them)",
+        "cell": f"the exact result, but for entries that are off by less than a step of {serving_dtype} (`moved` counts them)",
         "widened": f"what {serving_dtype} holds, and no more",
     }
     return [

@@ -4,13 +4,13 @@
   it was: a small delta shrinks.
 - ``stochastic``: the upper one with the probability that keeps the mean (Gupta et al., arXiv:1502.02551, section 3). The delta is
   kept on average, for noise in every direction.
-- ``preserve``: error feedback in the space of the inputs that the adapters react to. See `numerics`.
+- ``preserve``: error feedback in the space of the inputs that the adapters react to. See `rounding_numerics.preserved`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,12 +21,11 @@ Method: TypeAlias = Literal["nearest", "stochastic", "preserve"]
 METHODS: tuple[Method, ...] = ("nearest", "stochastic", "preserve")
 ServingValues: TypeAlias = Literal["cell", "widened"]
 
-_GRIDS = ("bfloat16", "float16")
+GRIDS = ("bfloat16", "float16")
+"""The dtypes between whose values can be chosen."""
 
 DENSE = "a dense interpolation has no low-rank input space"
 """Why a leaf without sites cannot be preserved."""
-ON_HOST = "its arithmetic is that of float64 or of integers"
-"""Why a leaf has no choice of rounding."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a kernel is rounded, where not to nearest."""
+    """How a kernel is rounded, where not to nearest: what a device's program is compiled for."""
 
     method: Method
     """``stochastic`` or ``preserve``."""
@@ -67,8 +66,6 @@ class Choice:
     """The name of the dtype between whose values is chosen."""
     widened: bool
     """Whether a wider file holds the chosen values themselves."""
-    mu: float = field(default=1.0, compare=False)
-    """See `Rounding.mu`. It is data of a program that is compiled for the rest."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class LeafRounding:
         """The choice that its entries have; None if they are rounded to nearest."""
         if self.grid is None:
             return None
-        return Choice(self.method, self.grid.name, asked.serving_values == "widened", asked.mu)
+        return Choice(self.method, self.grid.name, asked.serving_values == "widened")
 
 
 NEAREST = LeafRounding()
@@ -106,7 +103,12 @@ def penalty(mu: float, rank: int, inputs: int) -> float:
 
 
 def leaf_rounding(
-    asked: Rounding, stored: np.dtype[Any], serving: np.dtype[Any], *, spaceless: str | None = None
+    asked: Rounding,
+    stored: np.dtype[Any],
+    serving: np.dtype[Any],
+    *,
+    spaceless: str | None = None,
+    on_host: bool = False,
 ) -> LeafRounding:
     """How a leaf that is computed is rounded.
 
@@ -115,14 +117,17 @@ def leaf_rounding(
         stored: What the leaf is stored in.
         serving: What servers cast it to.
         spaceless: Why the leaf has no low-rank input space; None if it has one.
+        on_host: Whether its numbers are none that a device computes with: float64 or integers.
     """
     if asked.method == "nearest":
         return NEAREST
     grid = stored if stored.itemsize < 4 else serving
-    if grid.name not in _GRIDS:
+    if grid.name not in GRIDS:
         why = f"stored as {stored.name}" + (f" and served as {serving.name}" if stored.itemsize >= 4 else "")
         return LeafRounding(reason=f"{why}: only bfloat16 and float16 are rounded otherwise")
-    if spaceless == ON_HOST or (asked.method == "preserve" and spaceless is not None):
+    if on_host:
+        return LeafRounding(reason="its arithmetic is that of float64 or of integers")
+    if asked.method == "preserve" and spaceless is not None:
         return LeafRounding(reason=spaceless)
     return LeafRounding(asked.method, grid)
 

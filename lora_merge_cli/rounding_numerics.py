@@ -15,7 +15,8 @@ from lora_merge_cli.rounding import Choice
 from lora_merge_cli.tiles import rounded
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_SMALLEST_NORMAL = 2.0**-126
+_SMALLEST = 2.0**-119
+"""The steps of smaller bfloat16 values are subnormal in float32."""
 _DRAWS = 2.0**16
 
 
@@ -25,8 +26,8 @@ class Neighbours(NamedTuple):
     nearest: Any
     """The nearer one, ties to even."""
     step: Any
-    """From there to the other one. 0 where there is no choice: the entry is on the grid, the other one would be Inf, or one of the
-    two is subnormal in float32, which devices flush to zero."""
+    """From there to the other one. 0 where there is no choice: the entry is on the grid, one of the two would be Inf, or the step is
+    subnormal in float32, which devices flush to zero."""
 
 
 def neighbours(values: Any, grid: str) -> Neighbours:
@@ -38,9 +39,9 @@ def neighbours(values: Any, grid: str) -> Neighbours:
     """
     nearest = rounded(values, grid)
     other = _beside(nearest, values, grid)
-    has_choice = (nearest != values) & jnp.isfinite(other)
+    has_choice = (nearest != values) & jnp.isfinite(nearest) & jnp.isfinite(other)
     if grid == "bfloat16":
-        has_choice &= jnp.minimum(jnp.abs(nearest), jnp.abs(other)) >= _SMALLEST_NORMAL
+        has_choice &= jnp.minimum(jnp.abs(nearest), jnp.abs(other)) >= _SMALLEST
     return Neighbours(nearest, jnp.where(has_choice, other - nearest, 0))
 
 
@@ -84,6 +85,8 @@ def preserved(values: Any, found: Neighbours, basis: Any, penalty: Any, carry: A
         The chosen neighbours, and s of all inputs so far.
     """
     weights = jnp.sum(basis * basis, axis=-1) + penalty
+    # What the grid does not reach would be an error for all inputs after it.
+    errors = jnp.where(jnp.isfinite(found.nearest), found.nearest - values, 0)
 
     def choose(s: Any, entry: tuple[Any, Any, Any, Any]) -> tuple[Any, Any]:
         u, weight, error, step = entry
@@ -93,7 +96,7 @@ def preserved(values: Any, found: Neighbours, basis: Any, penalty: Any, carry: A
         return s + u[:, None] * (error + taken)[None, :], taken
 
     # Storage dtypes stay out of the loop: XLA's CPU backend would convert all of its result in each turn.
-    carry, taken = jax.lax.scan(choose, carry, (basis, weights, found.nearest - values, found.step))
+    carry, taken = jax.lax.scan(choose, carry, (basis, weights, errors, found.step))
     return found.nearest + taken, carry
 
 

@@ -18,6 +18,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+GAIN_WORTH_A_WARNING = 0.98
+"""Below, a dtype loses enough of a delta along the adapter's inputs to say so."""
+
 
 @dataclass
 class Realised:
@@ -120,7 +123,7 @@ class Moments:
             dtype: The name of the dtype that was chosen in.
 
         Returns:
-            0 where the choice always errs less; None where it never does, or nothing was chosen.
+            0 where the choice always errs less; None where it errs no less along the adapter's inputs, or nothing was chosen.
         """
         rank, inputs = self.rank, self.inputs
         if self.nearest is None or not 0 < rank < inputs:

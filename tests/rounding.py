@@ -32,7 +32,8 @@ def around(exact: Array, grid_dtype: str) -> tuple[Array, Array]:
     """The values of a dtype next below and above, both the value itself where it is one of them."""
     dtype = dtype_named(grid_dtype)
     nearest = exact.astype(np.float32).astype(dtype)
-    up = np.nextafter(nearest, np.array(np.inf, dtype)).astype(np.float64)
-    down = np.nextafter(nearest, np.array(-np.inf, dtype)).astype(np.float64)
+    with np.errstate(over="ignore"):
+        up = np.nextafter(nearest, np.array(np.inf, dtype)).astype(np.float64)
+        down = np.nextafter(nearest, np.array(-np.inf, dtype)).astype(np.float64)
     n = nearest.astype(np.float64)
     return np.where(n > exact, down, n), np.where(n < exact, up, n)

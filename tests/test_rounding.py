@@ -19,7 +19,8 @@ from lora_merge_cli.errors import UsageError
 from lora_merge_cli.operations import KernelUpdate, cut, cutting
 from lora_merge_cli.operations.interface import Contribution
 from lora_merge_cli.records import full_region, grid
-from lora_merge_cli.rounding import DENSE, ON_HOST, Choice, Rounding, leaf_rounding, penalty
+from lora_merge_cli.rounding import DENSE, Choice, Rounding, leaf_rounding, penalty
+from lora_merge_cli.rounding_numerics import neighbours
 from lora_merge_cli.survival import Moments
 from tests.rounding import around, walked
 
@@ -80,12 +81,13 @@ def updated(
     base: Array | None = None,
     jobs: int = 1,
     seed: int = 0,
+    mu: float = 1.0,
 ) -> tuple[Array, Moments]:
     """What the update makes of the whole kernel, block by block."""
     shape = given.kernel.shape
     device = jax.devices()[0]
     names = dtype_named(dtype), dtype_named("bfloat16")
-    update = KernelUpdate("w", given.equation, shape, given.contribution, *names, device, choice)
+    update = KernelUpdate("w", given.equation, shape, given.contribution, *names, device, choice, mu)
     regions = list(grid(full_region(shape), cut(given.equation, shape).block))
     bits = rounding_bits(seed, "w", 0, given.kernel.size).reshape(shape)
     result = np.empty(shape, dtype_named(dtype))
@@ -105,8 +107,8 @@ def updated(
     return result, update.finish()
 
 
-def preserve(mu: float = 1.0, grid_dtype: str = "bfloat16", *, widened: bool = False) -> Choice:
-    return Choice("preserve", grid_dtype, widened, mu)
+def preserve(grid_dtype: str = "bfloat16", *, widened: bool = False) -> Choice:
+    return Choice("preserve", grid_dtype, widened)
 
 
 def stochastic(grid_dtype: str = "bfloat16", *, widened: bool = False) -> Choice:
@@ -126,7 +128,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 def test_preserve_is_the_walk_along_the_inputs(shape: str, dtype: str, mu: float) -> None:
     given = case(shape, dtype=dtype)
-    result, _ = updated(given, preserve(mu, dtype), dtype, jobs=3)
+    result, _ = updated(given, preserve(dtype), dtype, jobs=3, mu=mu)
     ideal = np.stack([walked(x, a, mu, dtype) for x, a in zip(given.exact, given.inputs, strict=True)])
     # One near tie in float32 changes what follows in its column.
     columns = (given.matrices(result).astype(np.float64) != ideal).any(axis=1)
@@ -178,7 +180,7 @@ def test_inputs_that_the_adapter_does_not_look_at_are_to_nearest() -> None:
     given = case("inputs first")
     given.contribution.a[5:15] = 0
     near, _ = updated(given, None)
-    kept, _ = updated(given, preserve(0.0))
+    kept, _ = updated(given, preserve(), mu=0.0)
     assert np.array_equal(near[5:15], kept[5:15])
     assert not np.array_equal(near, kept)
 
@@ -201,16 +203,61 @@ def test_values_on_the_grid_stay(choice: Choice) -> None:
     assert np.array_equal(result, given.kernel)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("method", ["preserve", "stochastic"])
-def test_no_choice_where_the_neighbour_is_infinite(method: Any, dtype: str) -> None:
-    given = case("inputs first", dtype=dtype)
-    largest = float(np.finfo(np.float16).max) if dtype == "float16" else 3.3895313892515355e38
-    given.kernel[:] = np.array(largest, dtype_named(dtype))
-    step = 16.0 if dtype == "float16" else 2.0**119
-    given.contribution = Contribution(np.ones((48, 1), np.float32), np.full((1, 20), 0.3 * step, np.float32))
-    result, _ = updated(given, Choice(method, dtype, widened=False), dtype)
-    assert np.array_equal(result, given.kernel)
+@pytest.mark.parametrize(
+    ("dtype", "value", "has_choice"),
+    [
+        ("bfloat16", 1.001, True),
+        ("bfloat16", -1.001, True),
+        ("bfloat16", 1.0, False),
+        ("bfloat16", 3.39e38, False),
+        ("bfloat16", 3.3895e38, True),
+        ("bfloat16", -(2.0**-119) * 1.001, True),
+        ("bfloat16", 2.0**-119 * 0.999, False),
+        ("bfloat16", 0.0, False),
+        ("float16", 65510.0, False),
+        ("float16", -65519.0, False),
+        ("float16", 70000.0, False),
+        ("float16", 65500.0, True),
+        ("float16", 2.0**-26, True),
+        ("float16", -(2.0**-14) * 1.0001, True),
+    ],
+)
+def test_which_entries_have_a_choice(dtype: str, value: float, has_choice: bool) -> None:
+    exact = np.array([value], np.float32)
+    found = jax.device_get(neighbours(jax.device_put(exact), dtype))
+    assert (found.step != 0) == has_choice
+    if has_choice:
+        below, above = around(exact.astype(np.float64), dtype)
+        assert sorted([*found.nearest, *(found.nearest + found.step)]) == [*below, *above]
+
+
+def test_what_the_grid_does_not_reach_leaves_the_walk_alone() -> None:
+    given = case("inputs first", dtype="float16")
+    wide = given.kernel.astype(np.float32)
+    wide[3] = 70000
+    given.kernel = wide
+    found, _ = updated(given, preserve("float16"), "float32")
+    exact, _ = updated(given, None, "float32")
+    assert np.array_equal(found[3], exact[3])
+    assert np.abs(found - exact).max() <= 2.0**-11 * np.abs(wide[np.abs(wide) < 1]).max()
+    assert (found[4:] != exact[4:]).any()
+
+
+@pytest.mark.parametrize("breaks", ["kernel", "bits"])
+def test_a_block_that_fails_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch, breaks: str) -> None:
+    monkeypatch.setattr(cutting, "BLOCK_ENTRIES", 100)
+    given = case("inputs first")
+    device, bfloat16 = jax.devices()[0], dtype_named("bfloat16")
+    shape = given.kernel.shape
+    update = KernelUpdate("w", given.equation, shape, given.contribution, bfloat16, bfloat16, device, preserve())
+    regions = list(grid(full_region(shape), cut(given.equation, shape).block))
+    wrong: tuple[Any, Any] = (None, None) if breaks == "kernel" else (given.kernel[regions[1]], np.zeros(3, np.uint16))
+    with ThreadPoolExecutor(2) as pool:
+        started = [pool.submit(update.compute, regions[0], given.kernel[regions[0]], None)]
+        started += [pool.submit(update.compute, regions[1], wrong[0], None, wrong[1])]
+        started += [pool.submit(update.compute, region, given.kernel[region], None) for region in regions[2:]]
+        assert started[0].exception(60) is None
+        assert all(isinstance(future.exception(60), Exception) for future in started[1:])
 
 
 def test_stochastic_takes_the_outer_neighbour_by_the_bits() -> None:
@@ -296,7 +343,7 @@ def test_what_is_left_along_the_inputs_does_not_grow_with_them(seed: int, delta:
     b = (delta * rng.standard_normal((rank, outputs)) / np.sqrt(rank)).astype(np.float32)
     kernel = (0.02 * rng.standard_normal((inputs, outputs))).astype(dtype_named(dtype))
     given = Case(Equation("ir,ro->io"), kernel, Contribution(a, b), np.empty(0), a[None].astype(np.float64))
-    kept, _ = updated(given, preserve(0.0, dtype), dtype)
+    kept, _ = updated(given, preserve(dtype), dtype, mu=0.0)
     exact = kernel.astype(np.float64) + a.astype(np.float64) @ b.astype(np.float64)
     u, _, _ = np.linalg.svd(a.astype(np.float64), full_matrices=False)
     left = np.abs(u.T @ (kept.astype(np.float64) - exact)).max()
@@ -317,7 +364,7 @@ def test_which_leaves_have_a_choice() -> None:
         assert found.method == "nearest" and found.reason is not None and stored.name in found.reason
     assert leaf_rounding(asked, bfloat16, bfloat16, spaceless=DENSE).reason == DENSE
     assert leaf_rounding(Rounding("stochastic"), bfloat16, bfloat16, spaceless=DENSE).method == "stochastic"
-    assert leaf_rounding(Rounding("stochastic"), bfloat16, bfloat16, spaceless=ON_HOST).method == "nearest"
+    assert leaf_rounding(Rounding("stochastic"), bfloat16, bfloat16, on_host=True).method == "nearest"
     assert penalty(2.0, 16, 2048) == 2.0 * 16 / 2048
 
 

@@ -364,7 +364,10 @@ def test_before_and_after_by_site(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attn/q 0.293 0.984 0.710 0.024 3 % attn/k 0.298 0.989 0.710 0.024 3 % gain, error" in narrow
     assert "attn/q 0.293 0.984 0.710 0.024 3 % 25 % attn/k 0.293 0.984 0.710 0.024 3 % 75 %" in printed(WIDE, capsys)
     text = to_markdown(WIDE)
-    assert "| site | in | gain to nearest | gain, preserve | error to nearest | error, preserve | worth from | moved |" in text
+    assert (
+        "| site | in | gain to nearest | gain, preserve | error to nearest | error, preserve | worth from | moved |"
+        in text
+    )
     assert "| `attn/k` | bfloat16 | 0.293 | 0.984 | 0.710 | 0.024 | 3 % | 75 % |" in text
     html = to_html(WIDE)
     assert ["attn/k", "bfloat16", "0.293", "0.984", "0.710", "0.024", "3 %", "75 %"] in rows(html)

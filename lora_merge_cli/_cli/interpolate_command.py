@@ -111,7 +111,7 @@ def interpolate(
     scale: options.Scale = 1.0,
     dtype: options.DtypeOption = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
-    rounding: options.RoundingOption = options.Rounding.nearest,
+    rounding: options.RoundingOption = options.RoundingMethod.nearest,
     mu: options.Mu = None,
     serving_dtype: options.ServingDtypeOption = None,
     serving_values: options.ServingValuesOption = None,
@@ -154,7 +154,9 @@ def interpolate(
         # Before the first thread: each would take its memory from an arena of its own.
         keep_freed_memory()
         options.check_output(output, dry_run)
-        one, several = parse_fine_tunes(tuned, method, density, seed, sequential=sequential)
+        # Rounding draws from it too.
+        joined_seed = 0 if method is None and rounding is options.RoundingMethod.stochastic else seed
+        one, several = parse_fine_tunes(tuned, method, density, joined_seed, sequential=sequential)
         _check_sides(bool(tuned), adapter, deltas_only)
         judging = options.judging(verify, sample, min_gain, strict, jobs)
         asked = options.merge_options(

@@ -60,7 +60,7 @@ def merge(
     scale: options.Scale = 1.0,
     dtype: options.DtypeOption = options.Dtype.auto,
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
-    rounding: options.RoundingOption = options.Rounding.nearest,
+    rounding: options.RoundingOption = options.RoundingMethod.nearest,
     mu: options.Mu = None,
     serving_dtype: options.ServingDtypeOption = None,
     serving_values: options.ServingValuesOption = None,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lora_merge_cli.combining import Combining
     from lora_merge_cli.mixing import Mixing
     from lora_merge_cli.options import MergeOptions
-    from lora_merge_cli.rounding import Rounding as RoundingChoice
+    from lora_merge_cli.rounding import Rounding
     from lora_merge_cli.verification import Judging
 
 
@@ -73,7 +73,7 @@ class Compression(enum.StrEnum):
     zstd = "zstd"
 
 
-class Rounding(enum.StrEnum):
+class RoundingMethod(enum.StrEnum):
     """Values of ``--rounding`` of what writes a checkpoint."""
 
     nearest = "nearest"
@@ -238,7 +238,7 @@ DtypeOption = Annotated[
 ]
 DtypeUntouchedOption = Annotated[DtypeUntouched, typer.Option(help="Of all other leaves.")]
 RoundingOption = Annotated[
-    Rounding,
+    RoundingMethod,
     typer.Option(
         help="How the leaves that change are rounded: each entry to nearest, at random so that the mean is kept, or so that what "
         "the adapter does to its inputs is preserved."
@@ -360,14 +360,14 @@ def merge_options(
     residual_base: bool,
     mixing: Mixing | None = None,
     combining: Combining | None = None,
-    rounding: RoundingChoice | None = None,
+    rounding: Rounding | None = None,
     serving_dtype: str | None = None,
 ) -> MergeOptions:
     """What a merge, and its judge, are asked for."""
     from lora_merge_cli._cli.parsing import parse_scales
     from lora_merge_cli.combining import Combining
     from lora_merge_cli.options import MergeOptions
-    from lora_merge_cli.rounding import Rounding as RoundingChoice
+    from lora_merge_cli.rounding import Rounding
 
     return MergeOptions(
         parse_scales(lora_alpha, rslora),
@@ -379,14 +379,14 @@ def merge_options(
         residual_base,
         mixing,
         combining or Combining(),
-        rounding or RoundingChoice(),
+        rounding or Rounding(),
         None if serving_dtype is None else str(serving_dtype),
     )
 
 
 def rounding(
     method: str, mu: float | None, seed: int, serving_values: ServingValues | None, *, judged: bool = False
-) -> RoundingChoice:
+) -> Rounding:
     """How results are rounded.
 
     Args:
@@ -400,7 +400,7 @@ def rounding(
         UsageError: A value makes no sense with the method.
     """
     from lora_merge_cli.errors import UsageError
-    from lora_merge_cli.rounding import Rounding as RoundingChoice
+    from lora_merge_cli.rounding import Rounding
 
     if mu is not None and method != "preserve":
         raise UsageError("--mu is of --rounding preserve", hint="pass that too, or leave it out")
@@ -410,7 +410,7 @@ def rounding(
         )
     values: Any = "cell" if serving_values is None else serving_values.value
     chosen: Any = "nearest" if judged and method == "any" else str(method)
-    return RoundingChoice(chosen, 1.0 if mu is None else mu, seed, values)
+    return Rounding(chosen, 1.0 if mu is None else mu, seed, values)
 
 
 def combining(

@@ -10,7 +10,7 @@ from rich.markup import escape
 from lora_merge_cli._cli.console import plain_table, shown
 from lora_merge_cli.report import ModelReport, SweepReport
 from lora_merge_cli.reports.kinds import MANY_SITES, MOST_KINDS
-from lora_merge_cli.reports.rounding_rows import RoundedRow, rounded_rows, rounding_in_words, share_in_words
+from lora_merge_cli.reports.rounding_rows import WORTH_FROM, RoundedRow, rounded_rows, rounding_in_words, share_in_words
 from lora_merge_cli.reports.words import figure
 
 
@@ -39,6 +39,5 @@ def _print_rows(console: Console, rows: Sequence[RoundedRow], method: str, *, by
     worst = "; of a row the least gain, the largest error" if by_kind else ""
     console.print(
         "[dim]gain, error: the share of a delta that an input which the adapter reacts to sees in "
-        f"{escape(dtypes)}, 1 is all, and how far off that is{worst}; worth from: the share of an input's energy that must lie there "
-        "for an output to be nearer than with rounding to nearest[/dim]"
+        f"{escape(dtypes)}, 1 is all, and how far off that is{worst}; {WORTH_FROM}[/dim]"
     )

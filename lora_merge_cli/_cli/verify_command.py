@@ -99,7 +99,9 @@ def verify(
     dtype_untouched: options.DtypeUntouchedOption = options.DtypeUntouched.keep,
     rounding: Annotated[
         options.ExpectedRounding,
-        typer.Option(help="How the leaves that change were rounded; any: each entry to either neighbour."),
+        typer.Option(
+            help="How the leaves that change were rounded; any: each entry of a bfloat16 or float16 file to either neighbour."
+        ),
     ] = options.ExpectedRounding.nearest,
     mu: options.Mu = None,
     serving_dtype: options.ServingDtypeOption = None,

@@ -35,8 +35,10 @@ class Carries:
         self._at(row).set_result(carry)
 
     def give_up(self, row: int) -> None:
-        """Tell the block that starts at a row that there is nothing to start from."""
-        self._at(row).set_exception(RuntimeError("the block before could not be computed"))
+        """Tell the block that starts at a row that there is nothing to start from, unless something was put for it."""
+        future = self._at(row)
+        if not future.done():
+            future.set_exception(RuntimeError("the block before could not be computed"))
 
     def _at(self, row: int) -> Future[Any]:
         with self._lock:

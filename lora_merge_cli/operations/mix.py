@@ -37,10 +37,11 @@ class MixedLeaf:
 
     Blocks may be computed at the same time, and are taken one after the other. What needs no arithmetic gets none:
 
-    - At alpha 0 the result is the base, at alpha 1 the fine-tune, each cast to the stored dtype: -0.0, NaN and Inf survive.
+    - At alpha 0 the result is the base, at alpha 1 the fine-tune, each cast to the stored dtype: -0.0, NaN and Inf survive. With a
+      choice of rounding, what the fine-tune moved has it at alpha 1 too.
     - An entry that has one value on both sides keeps it.
-    - Nor does a block that did not move, the fine-tune being the base rounded to its own dtype, where the result would be rounded
-      to that dtype again: whatever lies between a value and what it rounds to rounds to the same.
+    - Nor, rounded to nearest, does a block that did not move, the fine-tune being the base rounded to its own dtype, where the
+      result would be rounded to that dtype again: whatever lies between a value and what it rounds to rounds to the same.
 
     Law: an entry's result depends on its two values, alpha, the dtypes and, where it draws, its random bits alone.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class KernelUpdate:
         serving_dtype: What a server will cast it to.
         device: The JAX device to compute on.
         choice: Which of two neighbours is stored; None for the nearer one.
+        mu: See `Rounding.mu`; to preserve.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class KernelUpdate:
         serving_dtype: np.dtype[Any],
         device: Any,
         choice: Choice | None = None,
+        mu: float = 1.0,
     ) -> None:
         self._where = where
         self._cut = cut(equation, shape)
@@ -63,8 +65,8 @@ class KernelUpdate:
         gain = None if contribution.gain is None else contribution.gain.astype(FLOAT32)
         self._unit = _delta_unit(a, b, gain)
         self._choice = choice
-        mu = choice.mu if self._preserves and choice is not None else None
-        self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain, mu)
+        preserves = choice is not None and choice.method == "preserve"
+        self._operands = _Operands(self._cut, a, b, *column_basis(a, batch), gain, mu if preserves else None)
         self._carries = Carries()
         self._moments = Moments()
         self._projections: dict[int, _Projection] = {}
@@ -75,8 +77,9 @@ class KernelUpdate:
         return self._choice is not None and self._choice.method == "stochastic"
 
     @property
-    def _preserves(self) -> bool:
-        return self._choice is not None and self._choice.method == "preserve"
+    def is_complete(self) -> bool:
+        """Whether all blocks were taken."""
+        return not self._projections and self._moments.entries == math.prod(self._cut.shape)
 
     def compute(self, region: Region, kernel: Array, base: Array | None, bits: Array | None = None) -> FusedBlock:
         """Compute one block; keeps nothing but what the next one carries on, so any thread may.
@@ -87,6 +90,23 @@ class KernelUpdate:
             base: The values to change instead; None to use the kernel's.
             bits: 16 random bits for each entry, one after the other; None if it takes none.
         """
+        try:
+            return self._started(region, kernel, base, bits).finish()
+        except BaseException:
+            self.give_up(region)
+            raise
+
+    def give_up(self, region: Region) -> None:
+        """Say that a block will not be computed: none that follows it waits for what it would have carried on."""
+        behind = sum(self._cut.rows_of(region))
+        if self._carries_on and behind % self._cut.rows:
+            self._carries.give_up(behind)
+
+    @property
+    def _carries_on(self) -> bool:
+        return self._operands.preserves and not self._cut.outputs_first
+
+    def _started(self, region: Region, kernel: Array, base: Array | None, bits: Array | None) -> StartedBlock:
         from lora_merge_cli.numerics import Block, start_block
 
         shape = self._cut
@@ -104,35 +124,21 @@ class KernelUpdate:
             **self._operands.inputs_of(first, rows),
             bits=None if bits is None else _padded(bits.reshape(rows, -1), shape.block_rows),
         )
-
-        def start(carry: Any) -> StartedBlock:
-            return start_block(
-                dataclasses.replace(block, carry=carry),
-                tile_rows=shape.tile_rows,
-                outputs_first=shape.outputs_first,
-                dtype=self._dtype.name,
-                serving_dtype=self._serving_dtype.name,
-                device=self._device,
-                choice=self._choice,
-            )
-
-        if not self._preserves or shape.outputs_first:
-            return start(None).finish()
-        return self._started_in_turn(first, rows, start).finish()
-
-    def _started_in_turn(self, first: int, rows: int, start: Callable[[Any], StartedBlock]) -> StartedBlock:
-        """Start a block with what the one before it carries on, as soon as that is started: the device knows to wait."""
-        shape, behind = self._cut, first + rows
-        goes_on = behind % shape.rows != 0
-        try:
+        if self._carries_on:
             begins = first % shape.rows == 0
-            started = start(self._operands.no_carry() if begins else self._carries.take(first))
-        except BaseException:
-            if goes_on:
-                self._carries.give_up(behind)
-            raise
-        if goes_on:
-            self._carries.put(behind, started.carry)
+            block = dataclasses.replace(block, carry=self._operands.no_carry() if begins else self._carries.take(first))
+        started = start_block(
+            block,
+            tile_rows=shape.tile_rows,
+            outputs_first=shape.outputs_first,
+            dtype=self._dtype.name,
+            serving_dtype=self._serving_dtype.name,
+            device=self._device,
+            choice=self._choice,
+        )
+        if self._carries_on and (first + rows) % shape.rows:
+            # As soon as this one is started: the device knows to wait.
+            self._carries.put(first + rows, started.carry)
         return started
 
     def take(self, region: Region, kernel: Array, fused: FusedBlock) -> Array:
@@ -173,7 +179,7 @@ class KernelUpdate:
         Raises:
             RuntimeError: Some block was never taken.
         """
-        if self._projections or self._moments.entries != math.prod(self._cut.shape):
+        if not self.is_complete:
             raise RuntimeError(f"{self._where}: not every block was computed")
         return self._moments
 
@@ -279,6 +285,7 @@ class _Operands:
         self.inputs = inputs
         self._b, self._r = b, r.reshape(shape.matrices, rank, rank)
         self._span: Array | None = None
+        self.preserves = mu is not None
         if mu is not None:
             span = self._spanned(a, basis)
             ranks = np.count_nonzero(span.any(axis=1), axis=-1)

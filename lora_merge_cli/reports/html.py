@@ -39,7 +39,13 @@ from lora_merge_cli.reports.kinds import (
     site_kinds,
 )
 from lora_merge_cli.reports.parts import farthest_first, relative_distance, share_of_base
-from lora_merge_cli.reports.rounding_rows import has_nearest, rounded_rows, rounding_in_words, share_in_words
+from lora_merge_cli.reports.rounding_rows import (
+    WORTH_FROM,
+    has_nearest,
+    rounded_rows,
+    rounding_in_words,
+    share_in_words,
+)
 from lora_merge_cli.reports.words import (
     adapter_mark,
     alphas_in_words,
@@ -170,6 +176,7 @@ def _model(report: AnyModelReport) -> dict[str, Any]:
         if isinstance(report, InterpolateReport) and report.not_interpolated
         else None,
         "rounded": rounded_rows(report),
+        "worth_from": WORTH_FROM,
         "nearest_known": has_nearest(report.mixed) if isinstance(report, InterpolateReport) else False,
         "mixed": farthest_first(report.mixed)[:_MOST_LEAVES] if isinstance(report, InterpolateReport) else [],
         "proven": [site for site in report.sites if site.proof is not None],
@@ -198,7 +205,7 @@ class _KindRow:
     name: str
     count: int
     layers: str
-    one: SiteRecord
+    first: SiteRecord
     alphas: str
     rank: str
     scale: str
@@ -222,7 +229,7 @@ def _kind_row(kind: Kind[SiteRecord], report: ModelReport) -> _KindRow:
         name=kind.name,
         count=len(sites),
         layers=kind.layers,
-        one=sites[0],
+        first=sites[0],
         alphas=alpha_spread(sites),
         rank=rank_spread(sites),
         scale=scale_spread(sites, " (assumed)"),

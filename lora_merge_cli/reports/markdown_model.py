@@ -28,7 +28,7 @@ from lora_merge_cli.reports.kinds import (
 )
 from lora_merge_cli.reports.markdown_blocks import bullets, details, folded_table, table
 from lora_merge_cli.reports.markdown_inputs import inputs_table, made_with
-from lora_merge_cli.reports.rounding_rows import rounded_rows, rounding_in_words, share_in_words
+from lora_merge_cli.reports.rounding_rows import WORTH_FROM, rounded_rows, rounding_in_words, share_in_words
 from lora_merge_cli.reports.words import (
     adapter_mark,
     adapters_in_words,
@@ -56,7 +56,11 @@ _GAIN = (
     "{served} is what servers cast to."
 )
 
-_BEFORE_AND_AFTER = "Gain and relative error along the adapter's inputs, with rounding to nearest and as chosen: 1 and 0 keep all of the fine-tune. Worth from: the share of an input's energy that must lie along them for an output to be nearer than with rounding to nearest."
+_BEFORE_AND_AFTER = (
+    "Gain and relative error along the adapter's inputs, with rounding to nearest and as chosen: 1 and 0 keep all of the fine-tune; "
+    + WORTH_FROM
+    + "."
+)
 
 
 def verdict(report: AnyModelReport) -> str:

@@ -18,6 +18,10 @@ from lora_merge_cli.report import (
 from lora_merge_cli.reports.kinds import MANY_SITES, largest, least, site_kinds
 from lora_merge_cli.reports.words import counted, survival_for
 
+WORTH_FROM = (
+    "worth from: the share of an input's energy that must lie along the adapter's inputs for an output to be nearer than with rounding "
+    "to nearest"
+)
 _NAMES = 3
 
 
@@ -27,7 +31,7 @@ class RoundedRow:
 
     name: str
     """Its label, or what their labels have in common with how many there are."""
-    one: SiteRecord
+    first: SiteRecord
     """The first of them."""
     dtype: str
     """The dtype that was rounded to."""
@@ -98,7 +102,7 @@ def _row(name: str, sites: Sequence[SiteRecord]) -> RoundedRow:
     chosen = [found for site in sites if site.nearest is not None and (found := survival_for(site, site.nearest.dtype))]
     return RoundedRow(
         name=name,
-        one=sites[0],
+        first=sites[0],
         dtype=" / ".join(dict.fromkeys(found.dtype for found in nearest)),
         gains=(
             least(found.gain_along_inputs for found in nearest),

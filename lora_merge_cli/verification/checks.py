@@ -10,6 +10,7 @@ from lora_merge_cli.compare import Comparison
 from lora_merge_cli.errors import UsageError
 from lora_merge_cli.jobs import jobs_or_default
 from lora_merge_cli.report import CheckRecord
+from lora_merge_cli.survival import GAIN_WORTH_A_WARNING
 from lora_merge_cli.verification.examination import Findings, SiteFinding
 from lora_merge_cli.verification.expectation import ExpectedLeaf
 from lora_merge_cli.verification.site_judge import LayerVerdict
@@ -44,7 +45,7 @@ class Judging:
 
     sample: int | None = None
     """How many layers of each site to look at; None for all."""
-    min_gain: float = 0.98
+    min_gain: float = GAIN_WORTH_A_WARNING
     """The least gain along an adapter's inputs that needs no warning."""
     strict: bool = False
     """Whether a lesser gain fails."""
@@ -257,7 +258,8 @@ def _other_rounding(findings: Findings, judging: Judging, wrong: Collection[tupl
     if not any(verdict.not_nearest for _, _, verdict in wrong):
         return "; as if rounded to nearest: leave out --rounding if it was"
     seed_or_mu = "--seed" if "stochastic" in asked else "--mu"
-    return f"; within one ulp: another {seed_or_mu}? --rounding any takes either neighbour"
+    words = f"; within one ulp: another {seed_or_mu}?"
+    return f"{words} --rounding any takes either neighbour" if _all_narrow(findings, wrong) else words
 
 
 def _all_narrow(findings: Findings, wrong: Iterable[tuple[str, int, LayerVerdict]]) -> bool:
@@ -308,6 +310,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
     low: list[str] = []
     names: list[str] = []
     chosen = {found.rounding.method for found in findings.sites.values() if found.total.nearest is not None}
+    least_to_nearest: list[float] = []
     for role, advice in (
         ("stored", "store it with --dtype float32, or merge with --base"),
         ("served", "serve it in float32, or merge with --base"),
@@ -324,7 +327,8 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         figures[f"least_gain_of_a_layer_{role}"] = min(_layer_gains(findings, gains, role, serving_dtype))
         to_nearest = _gains_to_nearest(findings, gains, role, serving_dtype)
         if to_nearest:
-            figures[f"nearest_gain_{role}"] = min(to_nearest.values())
+            least_to_nearest.append(min(to_nearest.values()))
+            figures[f"nearest_gain_{role}"] = least_to_nearest[-1]
         lost = sorted((name for name, gain in gains.items() if gain < judging.min_gain), key=lambda name: gains[name])
         if lost:
             dtypes = sorted({findings.sites[name].dtype.name for name in lost}) if role == "stored" else [serving_dtype]
@@ -332,7 +336,11 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
             low.append(
                 f"{role} as {' and '.join(dtypes)}, {len(lost)} of {len(gains)} deltas keep less than {judging.min_gain:g} "
                 f"along the adapter's inputs (least {gains[lost[0]]:.3f}): "
-                f"{_remedy(findings, lost, 'the result is not what the adapter makes of the kernel' if stored_wide else advice)}"
+                + (
+                    "the result is not what the adapter makes of the kernel"
+                    if stored_wide
+                    else _remedy(findings, lost, advice)
+                )
             )
             names += [name for name in lost if name not in names]
     zero = [name for name, found in findings.sites.items() if found.has_delta and found.total.max_abs == 0]
@@ -345,16 +353,16 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
         message = "; ".join(low) + sampled
         return CheckRecord("delta-survival", "fail" if fails else "warn", message, figures, tuple(names[:_MANY]))
     message = f"every delta keeps at least {judging.min_gain:g} of itself along the adapter's inputs"
-    nearest = [float(value or 0) for name, value in figures.items() if name.startswith("nearest_gain")]
-    if nearest:
-        message += f", rounded with --rounding {' and '.join(sorted(chosen))}: the least would keep {min(nearest):.3f} to nearest"
+    if least_to_nearest:
+        how = " and ".join(sorted(chosen))
+        message += f", rounded with --rounding {how}: the least would keep {min(least_to_nearest):.3f} to nearest"
     return CheckRecord("delta-survival", "pass", message + sampled, figures)
 
 
 def _remedy(findings: Findings, lost: Iterable[str], advice: str) -> str:
     """The advice for some deltas that were lost, with another rounding where they were rounded to nearest."""
-    narrow = all(findings.sites[name].rounding.method == "nearest" for name in lost) and "--base" in advice
-    return f"{advice}, or round with --rounding preserve" if narrow else advice
+    to_nearest = all(findings.sites[name].rounding.method == "nearest" for name in lost)
+    return f"{advice}, or round with --rounding preserve" if to_nearest else advice
 
 
 def _gains_to_nearest(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> dict[str, float]:

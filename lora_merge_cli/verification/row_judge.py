@@ -82,8 +82,13 @@ class RowJudge:
         start = kernel if anchor is None else anchor
         if self._alpha == 0:
             wrong = count_other_bits(merged, start.astype(self._dtype))
-            share = math.inf if wrong else 0.0
-            return LayerVerdict(Moments(), share, wrong, wrong, wrong, bool(wrong))
+            return LayerVerdict(
+                worst_share=math.inf if wrong else 0.0,
+                beyond=wrong,
+                off_the_rounding=wrong,
+                no_neighbours=wrong,
+                not_nearest=bool(wrong),
+            )
         w, m, s = (as_matrix(self._equation, values) for values in (kernel, merged, start))
         if not np.isfinite(w).all():
             raise NonFiniteInput("a kernel under an adapter is not finite", where=self._where, expected="finite values")

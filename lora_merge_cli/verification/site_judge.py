@@ -55,7 +55,7 @@ class LayerVerdict:
     no_neighbours: int = 0
     """How many of those beyond are neither of the two values that their ideal lies between."""
     not_nearest: bool = False
-    """Whether some entry, right or wrong, is not the nearer one of the two."""
+    """Whether some entry, right or wrong, is not the nearer one of the two; always True where that was not looked at."""
     non_finite: int = 0
     """How many entries of the merged kernel are NaN or Inf, and should not be."""
     non_finite_before: int = 0
@@ -77,7 +77,7 @@ class Terms:
     combining: Combining = field(default_factory=Combining)
     """How several adapters on one kernel become one change."""
     rounding: Rounding = field(default_factory=Rounding)
-    """What was asked for besides rounding to nearest."""
+    """How results were asked to be rounded; which leaf gets it is said by the leaf."""
 
 
 class SiteJudge:
