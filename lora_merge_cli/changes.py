@@ -102,7 +102,8 @@ class LeafChange:
         if not self.is_mixture:
             return NEAREST
         assert self.anchor is not None, "a mixture has two sides"
-        mixes = fits_float32(self.start.dtype) and fits_float32(self.anchor.dtype)
+        # Of what is computed, merge and judge hold other dtypes.
+        mixes = fits_float32(self.declared or self.start.dtype) and fits_float32(self.anchor.dtype)
         return leaf_rounding(asked, stored, serving, spaceless=DENSE, on_host=not mixes)
 
     @property

@@ -68,14 +68,15 @@ def basis_within(r: Array, inputs: int) -> Array:
         r: R of one matrix.
         inputs: How many inputs lora_a has.
     """
-    left, singular, _ = np.linalg.svd(r)
+    left, singular, _ = np.linalg.svd(_of_one_size(r))
     return np.asarray((left * (singular > _negligible(singular, inputs, r.shape[-1]))).T)
 
 
 def input_basis(a: Array, batch_dims: int) -> Array:
     """An orthonormal basis of lora_a's columns, one per index of the batch dims.
 
-    Directions that carry nothing of the factor are zero columns, so one of lower rank, or of zeros, has a smaller basis.
+    Directions that carry nothing of the factor are zero columns, so one of lower rank, or of zeros, has a smaller basis. How large
+    a column is does not matter: what it lacks its row of lora_b may have.
 
     Args:
         a: lora_a, dims batch, inputs, rank.
@@ -85,10 +86,29 @@ def input_basis(a: Array, batch_dims: int) -> Array:
         float32, of the same shape.
     """
     matrices = a.reshape(*a.shape[:batch_dims], -1, a.shape[-1]).astype(np.float64)
-    left, singular, _ = np.linalg.svd(matrices, full_matrices=False)
+    left, singular, _ = np.linalg.svd(_of_one_size(matrices), full_matrices=False)
     basis = np.zeros(matrices.shape, np.float32)
     basis[..., : left.shape[-1]] = left * (singular > _negligible(singular, *matrices.shape[-2:]))[..., None, :]
     return basis.reshape(a.shape)
+
+
+def acting(a: Array, b: Array, batch_dims: int) -> Array:
+    """lora_a with zeros for columns whose row of lora_b is zero: nothing comes of what they look at.
+
+    Args:
+        a: lora_a, dims batch, inputs, rank.
+        b: lora_b, dims batch, rank, outputs.
+        batch_dims: How many of their axes are batch dims.
+    """
+    acts = b.any(axis=tuple(range(batch_dims + 1, b.ndim)))
+    among_inputs = acts.reshape(*acts.shape[:-1], *(1,) * (a.ndim - batch_dims - 1), acts.shape[-1])
+    return np.where(among_inputs, a, a.dtype.type(0))
+
+
+def _of_one_size(columns: Array) -> Array:
+    """Matrices with columns of norm 1, but for those of zeros."""
+    norms = np.linalg.norm(columns, axis=-2, keepdims=True)
+    return np.asarray(columns / np.where(norms > 0, norms, 1.0))
 
 
 def _negligible(singular: Array, inputs: int, rank: int) -> Array:

@@ -90,9 +90,10 @@ class NearestSample:
         for product in products:
             left, right = factor_matrices(product.equation, product.lora_a, product.lora_b)
             self._factors.append((product.scale * left[:, chosen[0]], right[:, :, chosen[1]]))
-        self._share = rows * columns * matrices / math.prod(shape)
-        self._sums = {name: np.zeros(4) for name in dtypes}
-        self._delta_sq, self._entries = 0.0, 0
+        self._shares = rows / inputs, columns / outputs
+        self._kept = {name: (np.zeros(rows), np.zeros(columns)) for name in dtypes}
+        self._delta_sq = np.zeros(rows), np.zeros(columns)
+        self._entries = 0
 
     def add(self, region: Region, kernel: Array) -> None:
         """Look at a block of the kernel, finite; every entry comes in one block."""
@@ -109,27 +110,35 @@ class NearestSample:
                 index[axis] = (along[columns] - region[axis].start)[None, :]
             number = int(np.ravel_multi_index(place, self._batch_shape)) if place else 0
             delta = sum(left[number][rows] @ right[number][:, columns] for left, right in self._factors)
-            self._look(np.asarray(kernel[tuple(index)]).astype(np.float64).reshape(delta.shape), delta)
+            values = np.asarray(kernel[tuple(index)]).astype(np.float64).reshape(delta.shape)
+            self._look(values, delta, (rows, columns))
 
     def finish(self) -> tuple[NearestGain, ...]:
         """The gain in each dtype; none of a delta of zeros, or of values that the dtype does not hold."""
         found = []
-        for name, (kept, kept_sq, crossed, delta_4) in self._sums.items():
-            if not (self._delta_sq > 0 and math.isfinite(kept)):
+        total = float(self._delta_sq[0].sum())
+        for name, kept in self._kept.items():
+            with np.errstate(invalid="ignore"):
+                gain = float(kept[0].sum()) / total if total > 0 else math.nan
+            if not math.isfinite(gain):
                 continue
-            gain = float(kept) / self._delta_sq
-            spread = max(kept_sq - 2 * gain * crossed + gain**2 * delta_4, 0.0) * max(1 - self._share, 0.0)
-            found.append(NearestGain(name, gain, math.sqrt(spread) / self._delta_sq, self._entries))
+            # Whole rows and columns are drawn: entries of one vary together.
+            parts = zip(kept, self._delta_sq, self._shares, strict=True)
+            variance = sum((1 - share) * np.square(sums - gain * delta).sum() for sums, delta, share in parts)
+            found.append(NearestGain(name, gain, math.sqrt(variance) / total, self._entries))
         return tuple(found)
 
-    def _look(self, kernel: Array, delta: Array) -> None:
+    def _look(self, kernel: Array, delta: Array, where: tuple[Array, Array]) -> None:
         delta_sq = np.square(delta)
-        self._delta_sq += float(delta_sq.sum())
         self._entries += delta.size
-        for name, sums in self._sums.items():
+        self._add(self._delta_sq, delta_sq, where)
+        for name, sums in self._kept.items():
             with np.errstate(over="ignore", invalid="ignore"):
-                kept = (_cast(kernel + delta, name) - _cast(kernel, name)) * delta
-                sums += [kept.sum(), np.square(kept).sum(), (kept * delta_sq).sum(), np.square(delta_sq).sum()]
+                self._add(sums, (_cast(kernel + delta, name) - _cast(kernel, name)) * delta, where)
+
+    def _add(self, sums: tuple[Array, Array], terms: Array, where: tuple[Array, Array]) -> None:
+        for along, among, axis in zip(sums, where, (1, 0), strict=True):
+            along[among] += terms.sum(axis=axis)
 
 
 def axes(equation: Equation) -> tuple[tuple[int, ...], ...]:

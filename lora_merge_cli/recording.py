@@ -257,7 +257,7 @@ def rounding_notes(record: RoundingRecord | None, serving_dtype: str) -> Sequenc
     if record is None or record.serving_values is None:
         return []
     sees = {
-        "cell": f"the exact result, but for entries that are off by less than a step of {serving_dtype} (`moved` counts them)",
+        "cell": "the exact result, but for entries that were moved for their sake (`moved` counts them)",
         "widened": f"what {serving_dtype} holds, and no more",
     }
     return [

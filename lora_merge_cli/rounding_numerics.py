@@ -26,8 +26,8 @@ class Neighbours(NamedTuple):
     nearest: Any
     """The nearer one, ties to even."""
     step: Any
-    """From there to the other one. 0 where there is no choice: the entry is on the grid, one of the two would be Inf, or the step is
-    subnormal in float32, which devices flush to zero."""
+    """From there to the other one. 0 where there is no choice: the entry is on the grid, one of the two would be Inf, or the step
+    is subnormal in float32, which devices flush to zero."""
 
 
 def neighbours(values: Any, grid: str) -> Neighbours:
@@ -59,7 +59,8 @@ def drawn(values: Any, found: Neighbours, bits: Any) -> Any:
     is_inner = jnp.abs(found.nearest) < jnp.abs(found.nearest + found.step)
     draw = bits.astype(jnp.float32)
     other = jnp.where(is_inner, draw < share * _DRAWS, draw >= (1 - share) * _DRAWS)
-    return found.nearest + jnp.where(has_choice & other, found.step, 0)
+    # Not a sum with 0, which would lose the sign of -0.
+    return jnp.where(has_choice & other, found.nearest + found.step, found.nearest)
 
 
 def preserved(values: Any, found: Neighbours, basis: Any, penalty: Any, carry: Any) -> tuple[Any, Any]:
@@ -97,7 +98,7 @@ def preserved(values: Any, found: Neighbours, basis: Any, penalty: Any, carry: A
 
     # Storage dtypes stay out of the loop: XLA's CPU backend would convert all of its result in each turn.
     carry, taken = jax.lax.scan(choose, carry, (basis, weights, errors, found.step))
-    return found.nearest + taken, carry
+    return jnp.where(taken == 0, found.nearest, found.nearest + taken), carry
 
 
 def stored(exact: Any, chosen: Any, choice: Choice, dtype: str) -> Any:
@@ -110,9 +111,9 @@ def stored(exact: Any, chosen: Any, choice: Choice, dtype: str) -> Any:
         dtype: The name of the dtype to store.
 
     Returns:
-        float32: the chosen values themselves in a file of their own dtype, or if they are asked for; else the exact result where
-        it casts to the chosen value, and elsewhere the float32 number just past the midpoint between the chosen value and its
-        neighbour towards the result, so that any way of breaking ties leads to the chosen one.
+        float32: the chosen values themselves in a file of their own dtype, or if they are asked for; else the exact result where it
+        casts to the chosen value and is no midpoint, and elsewhere the float32 number just past the midpoint between the chosen
+        value and its neighbour towards the result. So any way of breaking ties leads to the chosen one.
     """
     if dtype == choice.grid or choice.widened:
         return chosen
@@ -121,7 +122,7 @@ def stored(exact: Any, chosen: Any, choice: Choice, dtype: str) -> Any:
     bits = jax.lax.bitcast_convert_type(middle, jnp.uint32)
     past = jnp.where(jnp.abs(chosen) > jnp.abs(middle), bits + 1, bits - 1)
     moved = jax.lax.bitcast_convert_type(past, jnp.float32)
-    return jnp.where(rounded(exact, choice.grid) == chosen, exact, moved)
+    return jnp.where((rounded(exact, choice.grid) == chosen) & (exact != middle), exact, moved)
 
 
 def _beside(on_grid: Any, values: Any, grid: str) -> Any:

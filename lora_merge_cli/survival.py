@@ -132,9 +132,9 @@ class Moments:
         saved = (self.nearest.inputs_error_sq - chosen.inputs_error_sq) / rank
         outside = [found.error_sq - found.inputs_error_sq for found in (chosen, self.nearest)]
         added = (outside[0] - outside[1]) / (inputs - rank)
-        if saved <= 0:
+        if not saved > 0:
             return None
-        return max(added, 0.0) / (max(added, 0.0) + saved)
+        return finite(max(added, 0.0) / (max(added, 0.0) + saved))
 
     def _squared(self, sums: Realised) -> float:
         return max(sums.error_sq + 2 * sums.q_dot_d - self.delta_sq, 0.0)

@@ -372,3 +372,60 @@ def test_which_leaves_have_a_choice() -> None:
 def test_senseless_roundings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Rounding(**wrong)
+
+
+def test_how_a_delta_is_split_between_its_factors_does_not_matter() -> None:
+    given, rng = case("inputs first", rank=2), np.random.default_rng(5)
+    more = rng.standard_normal((48, 2)).astype(np.float32)
+    rows = (2e-4 * rng.standard_normal((2, 20))).astype(np.float32)
+    results = []
+    for size in (1.0, 2.0**-20):
+        a = np.concatenate([given.contribution.a, more * np.float32(size)], axis=-1)
+        b = np.concatenate([given.contribution.b, rows / np.float32(size)], axis=-2)
+        results.append(
+            updated(Case(given.equation, given.kernel, Contribution(a, b), given.exact, given.inputs), preserve())
+        )
+    (one, measured), (other, again) = results
+    assert (one == other).mean() > 0.97
+    assert measured.rank == again.rank == 4
+
+
+def test_an_adapter_that_adds_nothing_has_no_say() -> None:
+    given, rng = case("outputs first"), np.random.default_rng(5)
+    alone, measured = updated(given, preserve())
+    a = np.concatenate([given.contribution.a, rng.standard_normal((48, 3)).astype(np.float32)], axis=-1)
+    b = np.concatenate([given.contribution.b, np.zeros((3, 20), np.float32)], axis=-2)
+    both, again = updated(Case(given.equation, given.kernel, Contribution(a, b), given.exact, given.inputs), preserve())
+    assert np.array_equal(alone, both)
+    assert measured.rank == again.rank == 4
+
+
+def test_a_midpoint_is_not_left_to_how_ties_are_broken() -> None:
+    # Dyadic factors put results exactly between two bfloat16 values.
+    rng = np.random.default_rng(3)
+    kernel = rng.choice([1.0, 1.0 + 2.0**-7, -1.0, -1.0 - 2.0**-6], (64, 16)).astype(dtype_named("bfloat16"))
+    a = rng.choice([-1.0, 1.0, 2.0], (64, 1)).astype(np.float32)
+    b = np.full((1, 16), 2.0**-8, np.float32)
+    given = Case(Equation("ir,ro->io"), kernel, Contribution(a, b), np.empty(0), a[None].astype(np.float64))
+    narrow, _ = updated(given, preserve())
+    wide, moments = updated(given, preserve(), "float32")
+    bits = wide.view(np.uint32)
+    assert not (bits & np.uint32(0xFFFF) == 0x8000).any()
+    away = ((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+    assert np.array_equal(away, narrow.astype(np.float32))
+    assert moments.moved
+
+
+@pytest.mark.parametrize("choice", [preserve("float16"), stochastic("float16")], ids=lambda choice: choice.method)
+def test_a_negative_zero_stays_one(choice: Choice) -> None:
+    kernel = np.full((8, 4), -0.0, np.float16)
+    given = Case(
+        Equation("ir,ro->io"),
+        kernel,
+        Contribution(np.ones((8, 1), np.float32), np.zeros((1, 4), np.float32)),
+        np.empty(0),
+        np.ones((1, 8, 1)),
+    )
+    near, _ = updated(given, None, "float16")
+    found, _ = updated(given, choice, "float16")
+    assert np.array_equal(np.signbit(found), np.signbit(near))

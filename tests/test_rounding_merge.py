@@ -184,7 +184,7 @@ def test_a_float32_file_is_served_as_the_bfloat16_one(base: Path, tmp_path: Path
         site = next(site for site in cell.json["sites"] if site["target"].replace("/", ".") == leaf)
         assert site["moved"] == moved.mean()
     assert cell.json["rounding"]["serving_values"] == "cell"
-    assert any("less than a step of bfloat16" in note for note in cell.json["notes"])
+    assert any("entries that were moved" in note for note in cell.json["notes"])
     assert any("what bfloat16 holds, and no more" in note for note in widened.json["notes"])
 
 
@@ -296,3 +296,36 @@ def test_senseless_flags_are_usage_errors(base: Path, tmp_path: Path, flags: tup
         refused = run(*command, *flags)
         assert refused.code == 2
         assert words in refused.error
+
+
+def test_joined_fine_tunes_are_verified_as_they_were_rounded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    start = llama_tensors(rng, dtype=BFLOAT16)
+    base = write_model(tmp_path / "base", start)
+    tuned = [
+        write_model(
+            tmp_path / f"tuned{number}",
+            {name: (v.astype(np.float32) + rng.normal(0, 1e-3, v.shape)).astype(BFLOAT16) for name, v in start.items()},
+        )
+        for number in range(2)
+    ]
+    flags = ("--method", "linear", "--rounding", "stochastic", "--seed", 3)
+    done = run("interpolate", base, *tuned, "-o", tmp_path / "out", *flags, "--verify", "--json")
+    assert done.code == 0, done.stderr
+    assert {leaf["rounding"] for leaf in done.json["mixed"]} == {"stochastic"}
+    other = run(
+        "verify", tmp_path / "out", "--base", base, "--against", tuned[0], "--against", tuned[1], *flags[:-1], 4
+    )
+    assert other.code == 1
+
+
+def test_a_result_that_servers_cannot_hold_is_reported(tmp_path: Path) -> None:
+    tensors = llama_tensors(np.random.default_rng(0))
+    tensors[f"{LINEAR}.weight"][2, 3] = 70000
+    base = write_model(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", factors_of(np.random.default_rng(1)))
+    flags = ("--dtype", "float32", "--serving-dtype", "float16", "--json")
+    for method in ("preserve", "stochastic"):
+        done = run("merge", base, "--adapter", adapter, "-o", tmp_path / method, *flags, "--rounding", method)
+        assert done.code == 0, done.stderr
+        assert read_model(tmp_path / method)[f"{LINEAR}.weight"][2, 3] == np.float32(70000)

@@ -12,7 +12,7 @@ import numpy as np
 from lora_merge_cli.dtypes import FLOAT32
 from lora_merge_cli.equation import Equation
 from lora_merge_cli.errors import NonFiniteInput, Unrepresentable
-from lora_merge_cli.lowrank import basis_within, column_basis
+from lora_merge_cli.lowrank import acting, basis_within, column_basis, input_basis
 from lora_merge_cli.operations.carries import Carries
 from lora_merge_cli.operations.cutting import Cut, cut
 from lora_merge_cli.operations.interface import Contribution
@@ -63,6 +63,8 @@ class KernelUpdate:
         batch = len(equation.batch)
         a, b = contribution.a, contribution.b
         gain = None if contribution.gain is None else contribution.gain.astype(FLOAT32)
+        if gain is None:
+            a = acting(a, b, batch)
         self._unit = _delta_unit(a, b, gain)
         self._choice = choice
         preserves = choice is not None and choice.method == "preserve"
@@ -287,9 +289,12 @@ class _Operands:
         self._span: Array | None = None
         self.preserves = mu is not None
         if mu is not None:
-            span = self._spanned(a, basis)
+            span = input_basis(a, 1)
+            # What the adapter does not look at is to nearest; roundings of a zero would be something to look at.
+            span[~a.any(axis=-1)] = 0
             ranks = np.count_nonzero(span.any(axis=1), axis=-1)
-            self._penalties = np.array([penalty(mu, int(each), inputs) for each in ranks], np.float32)
+            weights = np.array([penalty(mu, int(each), inputs) for each in ranks])
+            self._penalties = np.minimum(weights, np.finfo(np.float32).max).astype(np.float32)
             self._span = span if shape.outputs_first else span.reshape(-1, rank)
 
     def of(self, first: int, rows: int) -> tuple[Array, Array, Array, Array | None]:
@@ -331,13 +336,6 @@ class _Operands:
         shape = self._shape
         part = values[first // shape.rows : -(-(first + rows) // shape.rows)]
         return _padded(part, max(1, shape.block_rows // shape.rows))
-
-    def _spanned(self, a: Array, basis: Array) -> Array:
-        """U: orthonormal, without the directions of Q that carry nothing of lora_a."""
-        span = np.stack([q @ self.basis_within(matrix).T for matrix, q in enumerate(basis)]).astype(FLOAT32)
-        # What the adapter does not look at is to nearest; roundings of a zero would be something to look at.
-        span[~a.any(axis=-1)] = 0
-        return span
 
     def projected_delta(self, matrix: int) -> Array:
         """``Q^T d = R B`` of one matrix without forming ``d``; rank by outputs, float64."""

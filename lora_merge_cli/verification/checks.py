@@ -34,6 +34,8 @@ CHECK_IDS = (
 
 _MANY = 8
 _NOTHING = 0.01
+_FAIR_SHARE = 1e-3
+"""Of a kernel's entries: fewer that are wrong were changed one by one, and not by a flag."""
 _SAME_DIRECTION = 0.995
 _ALMOST_ALL = 0.03
 _NO_DELTA = "at alpha 0 no adapter adds anything"
@@ -230,7 +232,7 @@ def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> Chec
     kernels = len({site for site, _, _ in wrong.values()})
     reasons = list(dict.fromkeys(_reason(findings.sites[site], layer) for site, layer, _ in wrong.values()))
     message = f"{kernels} of {len(findings.sites)} kernels are not what their adapters make: {'; '.join(reasons[:3])}"
-    if not has_base and all(_looks_unrounded(verdict) for _, _, verdict in wrong.values()):
+    if not has_base and all(_looks_unrounded(findings.sites[site], verdict) for site, _, verdict in wrong.values()):
         message += "; as if the delta were added to unrounded kernels: if it was made with --base, pass that here too"
     else:
         message += _other_rounding(findings, judging, wrong.values())
@@ -238,28 +240,30 @@ def fused_exact(findings: Findings, judging: Judging, *, has_base: bool) -> Chec
     return CheckRecord("fused-exact", "fail", message + sampled, figures, tuple(ordered[:_MANY]))
 
 
-def _looks_unrounded(verdict: LayerVerdict) -> bool:
+def _looks_unrounded(found: SiteFinding, verdict: LayerVerdict) -> bool:
     """Whether most entries are off, and none by more than the rounding of the kernel in the checkpoint."""
-    return not verdict.off_the_rounding and 2 * verdict.beyond > verdict.moments.entries
+    has_choice = found.rounding.grid is not None
+    return not has_choice and not verdict.off_the_rounding and 2 * verdict.beyond > verdict.moments.entries
 
 
 def _other_rounding(findings: Findings, judging: Judging, wrong: Collection[tuple[str, int, LayerVerdict]]) -> str:
     """Which other rounding would make it right."""
     if judging.any_rounding or any(verdict.no_neighbours for _, _, verdict in wrong):
         return ""
+    beyond = sum(verdict.beyond for _, _, verdict in wrong)
+    if beyond < _FAIR_SHARE * sum(verdict.moments.entries for _, _, verdict in wrong):
+        return f"; {beyond} entries alone, within one step: they were changed since"
     asked = {findings.sites[site].rounding.method for site, _, _ in wrong}
+    narrow = _all_narrow(findings, wrong)
     if asked == {"nearest"}:
-        if not _all_narrow(findings, wrong):
-            return ""
-        return (
-            "; within one ulp: pass --rounding stochastic or preserve, as it was made with, or --rounding any if it was not rounded "
-            "to nearest"
-        )
-    if not any(verdict.not_nearest for _, _, verdict in wrong):
+        made = "if it was not rounded to nearest, pass the --rounding that it was made with"
+        return f"; within one ulp: {made}, or --rounding any" if narrow else ""
+    if not any(verdict.not_nearest for found in findings.sites.values() for verdict in found.layers.values()):
         return "; as if rounded to nearest: leave out --rounding if it was"
-    seed_or_mu = "--seed" if "stochastic" in asked else "--mu"
-    words = f"; within one ulp: another {seed_or_mu}?"
-    return f"{words} --rounding any takes either neighbour" if _all_narrow(findings, wrong) else words
+    others = "--seed, or --rounding preserve" if "stochastic" in asked else "--mu, or --rounding stochastic"
+    values = "" if narrow else ", or other --serving-values"
+    any_one = "; --rounding any takes either neighbour" if narrow else ""
+    return f"; within one step: another {others}{values}?{any_one}"
 
 
 def _all_narrow(findings: Findings, wrong: Iterable[tuple[str, int, LayerVerdict]]) -> bool:
@@ -361,8 +365,8 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
 
 def _remedy(findings: Findings, lost: Iterable[str], advice: str) -> str:
     """The advice for some deltas that were lost, with another rounding where they were rounded to nearest."""
-    to_nearest = all(findings.sites[name].rounding.method == "nearest" for name in lost)
-    return f"{advice}, or round with --rounding preserve" if to_nearest else advice
+    mends = not any(findings.sites[name].rounding.method == "preserve" for name in lost)
+    return f"{advice}, or round with --rounding preserve" if mends else advice
 
 
 def _gains_to_nearest(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> dict[str, float]:

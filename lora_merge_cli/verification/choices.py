@@ -20,8 +20,8 @@ from lora_merge_cli.records import Array, Region, region_shape
 from lora_merge_cli.rounding import LeafRounding, Rounding, penalty
 
 _EPSILON = 2.0**-24
-_CHOSEN_FROM = 2.0**-125
-"""Below, a neighbour may be subnormal in float32, and then there is no choice."""
+_CHOSEN_FROM = 2.0**-118
+"""Below, the step may be subnormal in float32, and then there is no choice."""
 _DRAWS = 2.0**16
 _GROUP = 64
 """How many inputs of a walk are judged at once."""
@@ -86,7 +86,7 @@ class Chosen:
         return ulp(np.abs(ideal) + slack, self.grid)
 
     def has_choice(self, ideal: Array) -> Array:
-        """Whether both neighbours of a result may be stored: none is Inf, and none is subnormal in float32."""
+        """Whether both neighbours of a result may be stored: none is Inf, and the step is not subnormal in float32."""
         size = np.abs(ideal)
         found = size <= float(ml_dtypes.finfo(self.grid).max)  # type: ignore[no-untyped-call]
         if self.grid == BFLOAT16:

@@ -16,7 +16,7 @@ from lora_merge_cli.combining import Combining
 from lora_merge_cli.compare import equals_rounded
 from lora_merge_cli.dtypes import holds_all_values_of, ulp
 from lora_merge_cli.errors import NonFiniteInput
-from lora_merge_cli.lowrank import input_basis
+from lora_merge_cli.lowrank import acting, input_basis
 from lora_merge_cli.records import Array, Region, relative
 from lora_merge_cli.rounding import Rounding
 from lora_merge_cli.side_by_side import pieces
@@ -125,7 +125,9 @@ class SiteJudge:
         series = Series.of(adapted)
         self._allowed_steps = series.steps + 4
         self._a, self._b = series.a, series.b
-        self._a_norm = _norms(series.a, -1)
+        if series.gain is None:
+            self._a = acting(self._a, self._b, len(batch))
+        self._a_norm = _norms(self._a, -1)
         self._b_norm = _norms(series.b_size, len(batch))
         self._gain, self._gain_size, self._gain_error = series.gain, series.gain_size, series.gain_error
         self._basis = input_basis(self._a, len(batch)).astype(np.float64)
