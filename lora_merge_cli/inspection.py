@@ -304,7 +304,7 @@ def _shrinking(sites: Sequence[SiteRow], serving_dtype: str) -> Iterator[str]:
             used = "stored or served" if dtype == serving_dtype else "stored"
             yield (
                 f"{used} as {dtype}, rounding to nearest would lose more than 2 % of {len(low)} of {len(gains)} deltas (least gain "
-                f"{min(low):.3f}, estimated): merge with --rounding preserve, or with --dtype float32 and serve in float32"
+                f"{min(low):.3f}, estimated): merge with --rounding preserve or stochastic, or with --dtype float32 and serve in float32"
             )
 
 

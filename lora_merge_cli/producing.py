@@ -312,16 +312,17 @@ def _warnings(prepared: Prepared, outcome: Outcome) -> Sequence[str]:
                 by_dtype.setdefault(dtype, []).append((gain, steps[path]))
     stored = {step.output.dtype.name for step in steps.values()}
     method = prepared.plan.rounding.method
+    others = "preserve" if method == "stochastic" else "preserve or stochastic"
     for dtype, gains in by_dtype.items():
         low = [(gain, step) for gain, step in gains if gain < GAIN_WORTH_A_WARNING]
         if not low:
             continue
         if dtype in stored:
             where, remedy = "stored", "store float32 with --dtype float32"
-            preserving = "--rounding preserve"
+            preserving = f"--rounding {others}"
         else:
             where, remedy = "served", "serve in float32"
-            preserving = f"--rounding preserve --serving-dtype {dtype}"
+            preserving = f"--rounding {others} --serving-dtype {dtype}"
             if all(step.output.dtype.itemsize < 4 for _, step in low):
                 preserving = f"--dtype float32 {preserving}"
         chosen = sum(step.rounding.grid is not None and step.rounding.grid.name == dtype for _, step in low)

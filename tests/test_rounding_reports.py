@@ -198,9 +198,9 @@ def test_inspect_knows_what_a_merge_to_nearest_will_leave(dtype: str, tmp_path: 
     assert "--rounding preserve" in warning and "--dtype float32 and serve in float32" in warning
     (said,) = [line for line in report["warnings"] if "lose more than" in line]
     remedy = (
-        "stored as bfloat16, X: merge with --rounding preserve, or store float32 with --dtype float32"
+        "stored as bfloat16, X: merge with --rounding preserve or stochastic, or store float32 with --dtype float32"
         if dtype == "bfloat16"
-        else "served as bfloat16, X: merge with --rounding preserve --serving-dtype bfloat16, or serve in float32"
+        else "served as bfloat16, X: merge with --rounding preserve or stochastic --serving-dtype bfloat16, or serve in float32"
     )
     assert re.fullmatch(re.escape(remedy).replace("X", ".*"), said)
 
@@ -458,13 +458,13 @@ GOT = LeafRounding("preserve", BFLOAT16)
 @pytest.mark.parametrize(
     ("said", "given"),
     [
-        ("merge with --rounding preserve, or store float32 with --dtype float32", {"stored": "bfloat16"}),
+        ("merge with --rounding preserve or stochastic, or store float32 with --dtype float32", {"stored": "bfloat16"}),
         (
-            "merge with --rounding preserve --serving-dtype bfloat16, or serve in float32",
+            "merge with --rounding preserve or stochastic --serving-dtype bfloat16, or serve in float32",
             {"stored": "float32"},
         ),
         (
-            "merge with --dtype float32 --rounding preserve --serving-dtype bfloat16, or serve in float32",
+            "merge with --dtype float32 --rounding preserve or stochastic --serving-dtype bfloat16, or serve in float32",
             {"stored": "float16"},
         ),
         (

@@ -366,7 +366,7 @@ def delta_survival(findings: Findings, judging: Judging, serving_dtype: str) -> 
 def _remedy(findings: Findings, lost: Iterable[str], advice: str) -> str:
     """The advice for some deltas that were lost, with another rounding where they were rounded to nearest."""
     mends = not any(findings.sites[name].rounding.method == "preserve" for name in lost)
-    return f"{advice}, or round with --rounding preserve" if mends else advice
+    return f"{advice}, or round with --rounding preserve or stochastic" if mends else advice
 
 
 def _gains_to_nearest(findings: Findings, names: Iterable[str], role: str, serving_dtype: str) -> dict[str, float]:
