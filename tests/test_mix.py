@@ -52,6 +52,11 @@ def cast(values: object, dtype: str) -> Array:
         return np.asarray(values).astype(dtype_named(dtype))
 
 
+def is_normal(alpha: float) -> bool:
+    """Whether float32 has the number, or zero, without subnormals: devices may take those for zeros."""
+    return alpha == 0 or abs(alpha) >= 2.0**-126
+
+
 def mix(tuned: Array, base: Array, alpha: float, dtype: str) -> tuple[Array, Moments]:
     mixed = leaf(dtype)
     return mixed.take(mixed.compute(tuned, base, alpha)), mixed.finish()
@@ -110,7 +115,7 @@ def assert_mixed(tuned: Array, base: Array, alpha: float, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@given(pairs=pairs, held=held, alpha=st.floats(0.0, 1.0))
+@given(pairs=pairs, held=held, alpha=st.floats(0.0, 1.0).filter(is_normal))
 def test_inside_the_result_is_the_rounded_mean(
     case: tuple[str, str, str], pairs: list[tuple[float, float]], held: list[float], alpha: float
 ) -> None:
@@ -121,7 +126,11 @@ def test_inside_the_result_is_the_rounded_mean(
 
 
 @pytest.mark.parametrize("case", CASES)
-@given(seed=st.integers(0, 999), scale=st.sampled_from([1e-30, 1e-4, 1.0, 1e4]), alpha=st.floats(-3.0, 4.0))
+@given(
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([1e-30, 1e-4, 1.0, 1e4]),
+    alpha=st.floats(-3.0, 4.0).filter(is_normal),
+)
 def test_outside_it_is_the_rounded_extrapolation(
     case: tuple[str, str, str], seed: int, scale: float, alpha: float
 ) -> None:

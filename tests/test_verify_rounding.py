@@ -333,7 +333,7 @@ def with_zeros(kernel: Kernel, rows: slice) -> Kernel:
 
 def test_inputs_that_the_adapter_does_not_look_at_are_to_nearest() -> None:
     kernel = with_zeros(make("inputs first", grid_=FLOAT16), slice(10, 30))
-    kernel = dataclasses.replace(kernel, w=(kernel.w * np.float32(1.0007)).astype(np.float32))
+    kernel = dataclasses.replace(kernel, w=kernel.w.astype(np.float32) * np.float32(1.0007))
     right = preserved(kernel, 1.0, BFLOAT16)
     nearest, other = both_neighbours(kernel.result(kernel.w), BFLOAT16)
     np.testing.assert_array_equal(right[:, 10:30], nearest[:, 10:30])
