@@ -98,7 +98,7 @@ def updated(
                 region,
                 given.kernel[region],
                 None if base is None else base[region],
-                bits[region] if update.draws else None,
+                bits[region] if choice is not None and choice.method == "stochastic" else None,
             )
             for region in regions
         ]

@@ -69,11 +69,6 @@ class MixedLeaf:
         self._dtype, self._serving_dtype, self._device = dtype, serving_dtype, device
         self._moments = Moments()
 
-    @property
-    def draws(self) -> bool:
-        """Whether `compute` takes random bits."""
-        return self._choice is not None
-
     def compute(self, tuned: Array, base: Array, alpha: float, bits: Array | None = None) -> Computed:
         """Compute one block; keeps nothing, so any thread may.
 

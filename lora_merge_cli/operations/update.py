@@ -74,11 +74,6 @@ class KernelUpdate:
         self._projections: dict[int, _Projection] = {}
 
     @property
-    def draws(self) -> bool:
-        """Whether `compute` takes random bits."""
-        return self._choice is not None and self._choice.method == "stochastic"
-
-    @property
     def is_complete(self) -> bool:
         """Whether all blocks were taken."""
         return not self._projections and self._moments.entries == math.prod(self._cut.shape)
